@@ -1,0 +1,221 @@
+"""BuPO: bottom-up policy optimization (https://arxiv.org/abs/2512.19673).
+
+A language model is a stack of policies: the residual stream H_k after any block k, times the unembedding matrix E_u, is a
+distribution over the next token. For the first steps the policy of a low block is trained, then the whole one:
+    pi_k = softmax(H_k E_u^T)                                 internal policy of block k, without final norm
+    r = pi_k(o_t) / pi_k,old(o_t)      while step <= internal_steps,      pi(o_t) / pi_old(o_t) afterwards
+    A, L as in grpo.py; samples and rewards always come from the whole policy
+
+Against grpo.py:
+- two options: which block (--internal_layer, 0-based: the paper's layer k + 1) and for how many steps (--internal_steps)
+- one line per step decides whose log-probs, old and new, the loss sees
+- that line also stops the forward pass at block k: what lies above, final norm included, gets no gradient and stays as it is
+- the log-prob gap is void in phase one: there the ratio limits the size of an update, it corrects no sampling
+
+    python bupo.py                                           # embedded model, no GPU, no network: minutes
+    python bupo.py --internal_steps 80 --output_dir runs/bupo_all    # phase one for ever: the paper's collapse
+    python bupo.py --model Qwen/Qwen3-4B --data deepmath.jsonl --eval_data math500.jsonl
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import common
+from common import option
+
+# Overrides of the defaults below when the embedded model runs.
+EMBEDDED = dict(
+    system_prompt="",
+    max_steps=80,
+    num_prompts=16,
+    num_generations=16,
+    num_minibatches=1,
+    learning_rate=1e-4,
+    max_completion_length=64,
+    gradient_checkpointing=False,
+    save_total_limit=0,
+    save_steps=20,
+    internal_layer=3,
+    internal_steps=15,
+)
+
+
+@dataclass
+class Args(common.RunArgs):
+    output_dir: str = option("runs/bupo", "folder of everything this run writes")
+    max_steps: int = option(300, "steps; each samples a fresh batch")
+    num_prompts: int = option(128, "prompts per step (P)")
+    num_generations: int = option(8, "completions per prompt (G)")
+    num_minibatches: int = option(
+        4, "optimizer updates per step, each on num_prompts / num_minibatches prompts; 1 is on-policy"
+    )
+    advantage: Literal["group_normalised", "group_centred", "leave_one_out", "batch_whitened"] = option(
+        "group_normalised", "estimator: GRPO, Dr.GRPO, RLOO, REINFORCE++"
+    )
+    epsilon: float = option(0.2, "clip range of the ratio below 1, and above it without --epsilon_high")
+    epsilon_high: float | None = option(None, "clip range of the ratio above 1 (clip-higher)")
+    delta: float = option(10.0, "dual clip: a negative advantage weighs at most this many times; above 1")
+    beta: float = option(0.0, "weight of the KL to the starting model; 0 loads no reference")
+    internal_layer: int = option(
+        5, "block whose policy phase one trains, 0-based (the paper's layer 6 of Qwen3-4B and 8B)"
+    )
+    internal_steps: int = option(
+        30, "steps of phase one; 0 is GRPO (paper: 30 for Qwen3-4B, 20 for larger and Llama models)"
+    )
+    internal_norm: bool = option(False, "apply the final norm to the internal state, as the usual logit lens does")
+
+
+def advantages(rewards, lengths, estimator="group_normalised"):
+    """Rewards [P, G] -> advantages [P, G]. lengths [P, G]: completion tokens under the mask of the loss.
+
+    A group whose rewards are all equal says nothing about its samples: exactly 0, not float noise over 1e-6.
+    """
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # [P, 1]
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if estimator == "group_normalised":  # GRPO; std with n - 1
+        A = centred / (rewards.std(1, keepdim=True) + 1e-6)
+    elif (
+        estimator == "group_centred"
+    ):  # Dr.GRPO: no std, which would weigh up prompts that are nearly always or never solved
+        A = centred
+    elif estimator == "leave_one_out":  # RLOO: the mean of the others as baseline, which keeps the gradient unbiased
+        A = centred * rewards.shape[1] / (rewards.shape[1] - 1)
+    else:  # batch_whitened, REINFORCE++: every token carries its sequence's reward, whitened over all tokens of the batch
+        equal = (rewards.max() == rewards.min()).expand_as(rewards)
+        mean = (rewards * lengths).sum() / lengths.sum()
+        var = (lengths * (rewards - mean) ** 2).sum() / (lengths.sum() - 1)
+        A = (rewards - mean) * (var + 1e-8).rsqrt()
+    return A.masked_fill(equal, 0.0)
+
+
+def loss(logps, old_logps, advantages, mask, args, ref_logps=None):
+    """Clipped surrogate, summed over tokens; main divides by the token count of the whole mini-batch.
+
+    logps, old_logps, ref_logps, mask: [B, T]; advantages: [B, 1] or [B, T]. Reads args.epsilon, epsilon_high, delta, beta.
+    -> (scalar, metrics: sums over tokens).
+    """
+    # The clamp keeps exp finite: log-probs of an unconverged policy can be a hundred nats apart.
+    ratio = torch.exp(torch.clamp(logps - old_logps, -20, 20))
+    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    surrogate = -advantages * ratio
+    clipped = -advantages * torch.clamp(ratio, 1 - args.epsilon, 1 + epsilon_high)
+    token_loss = torch.maximum(surrogate, clipped)
+    # Dual clip: with A < 0 the surrogate is unbounded in r; beyond delta the token is given up.
+    token_loss = torch.where(advantages < 0, torch.minimum(token_loss, -advantages * args.delta), token_loss)
+    metrics = {
+        "clip_share": ((clipped > surrogate) * mask).sum().item(),
+    }
+    if ref_logps is not None:
+        # k3 of KL(pi || pi_ref): the expectation of exp(x) - x - 1 under pi, never negative.
+        x = torch.clamp(ref_logps - logps, -20, 20)
+        kl = torch.clamp(torch.exp(x) - x - 1, -10, 10)
+        token_loss = token_loss + args.beta * kl
+        metrics["reference_kl"] = (kl * mask).sum().item()
+    return (token_loss * mask).sum(), metrics
+
+
+def main(args):
+    if args.num_generations < 2 and args.advantage != "batch_whitened":
+        raise common.UserError(f"--num_generations {args.num_generations}: a group baseline needs at least 2")
+    if args.num_prompts % args.num_minibatches:
+        raise common.UserError(
+            f"--num_minibatches {args.num_minibatches}: must divide --num_prompts {args.num_prompts}"
+        )
+    if args.model == "embedded" and not common.EMBEDDED_MODEL.exists():
+        import sft
+
+        sft.main(sft.Args())
+    run = common.Run(args)
+    model, tokenizer, optimizer = run.load()
+    if not 0 <= args.internal_layer < model.config.num_hidden_layers:
+        raise common.UserError(
+            f"--internal_layer {args.internal_layer}: this model has blocks 0 to {model.config.num_hidden_layers - 1}"
+        )
+    if args.internal_steps >= args.max_steps:
+        print(f"--internal_steps {args.internal_steps}: phase two is never reached in --max_steps {args.max_steps}")
+    reference = common.load_model(args.model, args.device, args.dtype)[0] if args.beta > 0 else None
+
+    for step, problems in run.steps():
+        # Whose policy is trained at this step: block k's first, then the whole one. The optimizer carries over.
+        internal = step <= args.internal_steps
+        policy = dict(layer=args.internal_layer, norm=args.internal_norm) if internal else {}
+
+        # 1. Sample G completions per prompt from the policy itself and grade them.
+        rollouts = common.sample(
+            model,
+            tokenizer,
+            [problem.ids for problem in problems],
+            args.num_generations,
+            args.max_completion_length,
+            args.temperature,
+            args.max_rollout_tokens,
+            seed=common.step_seed(args.seed, step),
+        )
+        run.lap("sampling")
+        rewards = common.grade_rollouts(rollouts, problems)  # [P, G]
+        A = advantages(rewards, rollouts.lengths.view(rewards.shape).cpu(), args.advantage)
+        A_rows = A.view(-1, 1).to(model.device)  # [B, 1], the same for every token of a completion
+        run.lap("grading")
+
+        # 2. Old log-probs, from the training path and before the first update: the sampler's differ by rounding, and the
+        # ratio must start at exactly 1. With one mini-batch they are those of the update pass itself.
+        old_logps = torch.zeros_like(rollouts.logps)
+        # A completion with advantage 0 has no gradient unless it is held to a reference: it is skipped, but counted.
+        live = [row for row in range(len(A_rows)) if A_rows[row] != 0 or args.beta > 0]
+        if args.num_minibatches > 1:
+            for rows in common.micro_batches(rollouts, live, args.micro_batch_tokens):
+                with torch.no_grad():
+                    old_logps[rows], _ = common.completion_logps(model, rollouts, rows, args.temperature, **policy)
+        run.lap("old_logps")
+
+        # 3. One optimizer step per mini-batch of whole groups.
+        model.train()
+        sums, grad_norms = Counter(), []
+        for minibatch in torch.arange(len(A_rows)).chunk(args.num_minibatches):
+            tokens = rollouts.mask[minibatch].sum()  # the normaliser, known before the first backward
+            minibatch_live = [row for row in live if minibatch[0] <= row <= minibatch[-1]]
+            for rows in common.micro_batches(rollouts, minibatch_live, args.micro_batch_tokens):
+                mask = rollouts.mask[rows]
+                logps, entropy = common.completion_logps(model, rollouts, rows, args.temperature, **policy)
+                if args.num_minibatches == 1:
+                    old_logps[rows] = logps.detach()
+                ref_logps = None
+                if reference is not None:
+                    with torch.no_grad():
+                        ref_logps, _ = common.completion_logps(reference, rollouts, rows, args.temperature, **policy)
+                run.lap("logps")
+                token_sum, metrics = loss(logps, old_logps[rows], A_rows[rows], mask, args, ref_logps)
+                (token_sum / tokens).backward()
+                sums.update(metrics)
+                sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
+                run.lap("backward")
+            if minibatch_live:
+                grad_norms.append(optimizer.step())
+            run.lap("optimizer")
+
+        # 4. Log; then evaluate and save where due.
+        trained_tokens = sums.pop("tokens", 0)
+        run.log(
+            step,
+            problems,
+            rollouts,
+            rewards,
+            A,
+            dict(
+                phase="internal" if internal else "whole",
+                grad_norm=sum(grad_norms) / len(grad_norms) if grad_norms else None,
+                optimizer_steps=len(grad_norms),
+                **{name: value / trained_tokens for name, value in sums.items()},
+                **common.logp_gap(rollouts, old_logps, [] if internal else live),
+            ),
+        )
+        run.save(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main(common.parse(Args, EMBEDDED))

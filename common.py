@@ -1,0 +1,1003 @@
+"""Everything no paper is about: problems, grading, models, the lens, rollouts, optimizer, the run folder.
+
+The algorithm files (grpo.py, bupo.py, opo.py, em.py) hold the ideas; this file holds what they share, and nothing in it
+knows which algorithm runs. Sections, each readable on its own:
+
+    1 errors and command line    4 models             7 optimizer
+    2 problems and prompts       5 the lens           8 evaluation
+    3 grading                    6 rollouts           9 the run folder
+
+Shapes, here and everywhere: B sequences, P prompts, G samples per prompt (B = P*G, prompt-major: all samples of prompt 0
+first), T tokens, V vocabulary, L layers, D width. Natural logarithms; entropies in nats.
+
+Every [B, T] tensor of a rollout is aligned with `ids`: column t belongs to token ids[:, t]. The logits that predict this
+token come out of column t-1, so a forward pass over ids[:, :-1] scores the targets ids[:, 1:].
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from math_verify import parse as math_parse, verify as math_verify
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
+
+EMBEDDED_MODEL = Path("runs/tiny")  # where sft.py keeps the embedded model
+
+# Metrics that may differ between two equal runs: clocks and memory, nothing that is learned.
+VOLATILE = {"seconds", "seconds_by_stage", "tokens_per_second", "peak_memory_gb"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Errors and command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names file, line, field or option, and the remedy."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn a UserError into one line on stderr and exit status 2. Any other exception is a bug and keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(print("error: " + " ".join(str(error).split()), file=sys.stderr) or 2)
+
+
+def option(default, help):
+    """A dataclass field that `parse` turns into a command line option. A literal % in `help` is fine."""
+    return dataclasses.field(default=default, metadata={"help": help.replace("%", "%%")})
+
+
+SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass
+class RunArgs:
+    """Options of every training script. Each script's `Args` adds its own, with the paper's values."""
+
+    model: str = option("embedded", "'embedded' (tiny, built on first use), a local folder, or a hub id")
+    data: str = option("arithmetic", "'arithmetic', a .jsonl file, hf://datasets/OWNER/NAME/FILE.jsonl, or a hub data set")
+    eval_data: str = option("", "held-out problems, as --data; '': the held-out split of arithmetic, else none")
+    system_prompt: str = option(SYSTEM_PROMPT, "system message before every problem; '' for none")
+    chat_template_kwargs: str = option('{"enable_thinking": false}', "JSON object for the tokenizer's chat template")
+    max_prompt_length: int = option(1024, "tokens; longer prompts are dropped and listed")
+    max_completion_length: int = option(8192, "tokens; longer completions are cut and score 0")
+    max_rollout_tokens: int = option(2**18, "tokens (prompt + completion) sampled at once: bounds the key-value cache")
+    micro_batch_tokens: int = option(2**14, "tokens per forward and backward: bounds activations, changes no gradient")
+    temperature: float = option(1.0, "sampling temperature; log-probs and entropies are taken at the same one")
+    learning_rate: float = option(1e-6, "AdamW step size, constant")
+    weight_decay: float = option(0.01, "AdamW decoupled decay; 0 for none")
+    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm; inf for never")
+    device: str = option("auto", "'auto' (cuda if there is one), 'cpu', 'cuda', 'cuda:1', ...")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "of the weights; auto: bfloat16 on cuda, else float32")
+    gradient_checkpointing: bool = option(True, "recompute blocks in the backward pass: less memory, a third more time")
+    optimizer_device: str = option("", "'cpu' keeps fp32 masters and moments in host memory; '': beside the weights")
+    seed: int = option(0, "drives data order and sampling")
+    output_dir: str = option("runs/run", "folder of everything this run writes")
+    overwrite: bool = option(False, "train again although the folder holds a run: deletes that run's files")
+    save_steps: int = option(50, "steps between checkpoints; 0: only the final model")
+    save_total_limit: int = option(2, "newest checkpoints kept; 0: all")
+    eval_steps: int = option(20, "steps between evaluations, the first before step 1; 0: none")
+    eval_problems: int = option(256, "held-out problems, the first of --eval_data; 0: all")
+    eval_samples: int = option(4, "sampled answers per held-out problem, beside one greedy answer")
+    eval_temperature: float = option(1.0, "temperature of the sampled evaluation answers, whatever --temperature is")
+    report_to: Literal["none", "trackio", "wandb"] = option("none", "log there, too; metrics.jsonl is always written")
+
+    def __post_init__(self):
+        """Raise UserError for a value that could only fail later."""
+        may_be_zero = re.compile("learning_rate|weight_decay|save_|eval_steps|eval_problems|beta|internal_|seed")
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and not (value > 0 or (value == 0 and may_be_zero.match(name))):
+                raise UserError(f"--{name} {value}: must be {'0 or more' if may_be_zero.match(name) else 'above 0'}")
+        with contextlib.suppress(ValueError):
+            if isinstance(json.loads(self.chat_template_kwargs), dict):
+                return
+        raise UserError(f"--chat_template_kwargs {self.chat_template_kwargs!r}: must be a JSON object, '{{}}' for none")
+
+
+def is_embedded(model):
+    """True for 'embedded' and for any folder trained from it (its config carries the mark)."""
+    config = Path(model) / "config.json"
+    return model == "embedded" or (config.is_file() and '"embedded": true' in config.read_text(errors="replace"))
+
+
+def parse(Args, EMBEDDED, argv=None):
+    """Command line -> Args. EMBEDDED: the defaults that replace those of Args when the embedded model runs.
+
+    Raises UserError for unknown options and bad values.
+    """
+
+    def fail(message):
+        raise UserError(f"{message} (--help lists every option)")
+
+    parser = HfArgumentParser(Args, allow_abbrev=False)
+    parser.error = fail
+    if is_embedded(parser.parse_known_args([a for a in (argv or sys.argv[1:]) if a not in ("-h", "--help")])[0].model):
+        parser.set_defaults(**EMBEDDED)
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    return fail(f"unknown option or stray value: {' '.join(unknown)}") if unknown else args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Problems and prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Problem:
+    """One task. `prompt` is text or a list of chat messages, `answer` the gold answer."""
+
+    prompt: str | list[dict]
+    answer: str
+    where: str = ""  # its source, for messages: file and line
+    ids: list[int] | None = None  # prompt tokens, set once by `tokenize_problems`
+
+
+def arithmetic(split, n, seed=0):
+    """n chains of three additions or subtractions on 1..20 whose every intermediate lies in 0..99, such as '7+15-3+8='.
+
+    split: 'train' or 'test'. A hash of the expression decides, so the two are disjoint whatever the seed.
+    """
+    generator, problems = random.Random(f"{split}-{seed}"), {}
+    while len(problems) < n:
+        text = values = str(generator.randint(1, 20))
+        values = [int(text)]
+        for _ in range(3):
+            sign, number = generator.choice("+-"), generator.randint(1, 20)
+            text, values = f"{text}{sign}{number}", [*values, values[-1] + int(f"{sign}{number}")]
+        held_out = hashlib.sha256(text.encode()).digest()[0] < 32  # one in eight
+        if min(values) >= 0 and held_out == (split == "test"):
+            problems[text] = Problem(f"{text}=", str(values[-1]), f"arithmetic {split} {len(problems)}")
+    return list(problems.values())
+
+
+def read_rows(source, split="train"):
+    """Yield (where, row) of a .jsonl file, local or hf://, or of a hub data set. Raises UserError naming file and line."""
+    if not source.startswith("hf://") and not source.endswith((".json", ".jsonl")) and not Path(source).exists():
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise UserError(f"{source}: no such file; if it is a hub data set, `pip install datasets` first")
+        yield from ((f"{source}:{i}", row) for i, row in enumerate(load_dataset(source, split=split)))
+        return
+    path = source
+    try:
+        if source.startswith("hf://datasets/"):
+            from huggingface_hub import hf_hub_download
+
+            owner, name, file = source.removeprefix("hf://datasets/").split("/", 2)
+            path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
+        lines = Path(path).read_bytes().split(b"\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: cannot be read ({str(error)[:120]}); check the path")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = dict(json.loads(line.decode("utf-8")).items())
+            except (ValueError, RecursionError, AttributeError) as error:
+                raise UserError(f"{source}:{number}: not a JSON object in UTF-8 ({str(error)[:60]}); mend the line")
+            yield f"{source}:{number}", row
+
+
+def is_prompt(value):
+    """True for text and for chat messages: [{'role': text, 'content': text}, ...], neither of them empty."""
+    if isinstance(value, list) and value:
+        return all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in value)
+    return isinstance(value, str) and bool(value.strip())
+
+
+def problem_from_row(where, row):
+    """One row -> Problem. Fields: problem | question | prompt, and answer | final_answer | solution (with a box)."""
+    found = f"found fields {', '.join(map(str, row)) or 'none'}"[:300]
+    prompt = next((row[name] for name in ("problem", "question", "prompt") if is_prompt(row.get(name))), None)
+    if prompt is None:
+        raise UserError(f"{where}: no problem; put text or messages into 'problem', 'question' or 'prompt' ({found})")
+    answer = next((row[name] for name in ("answer", "final_answer") if row.get(name) not in (None, "")), None)
+    if answer is None and isinstance(row.get("solution"), str):
+        answer = last_boxed(row["solution"])
+    if type(answer) not in (str, int, float) or not str(answer).strip():
+        raise UserError(f"{where}: no gold answer; put it into 'answer', 'final_answer' or a boxed 'solution' ({found})")
+    return Problem(prompt, str(answer).strip(), where)
+
+
+def load_problems(source, split="train", limit=0, system_prompt=""):
+    """Problems of `source` as a list.
+
+    source: 'arithmetic'; a .jsonl file; hf://datasets/OWNER/NAME/FILE.jsonl; or a hub data set (needs `datasets`).
+    limit: the first so many; 0 for all (arithmetic: 4096). system_prompt: goes before every problem that has none.
+    Raises UserError for a source that is missing, empty or malformed, and for rows without problem or answer.
+    """
+    if source == "arithmetic":
+        problems = arithmetic(split, limit or 4096)
+    else:
+        problems = [problem_from_row(where, row) for where, row in read_rows(source, split)][: limit or None]
+        unparsable = [p.where for p in problems if not parsed_answer(p.answer)]
+        if unparsable:
+            print(f"{len(unparsable)} gold answers compare as text only: {', '.join(unparsable[:9])}", file=sys.stderr)
+    if not problems:
+        raise UserError(f"{source}: holds no problem; every line must hold a JSON object with a problem and its answer")
+    for p in problems if system_prompt else ():
+        messages = [{"role": "user", "content": p.prompt}] if isinstance(p.prompt, str) else p.prompt
+        if messages[0]["role"] != "system":
+            p.prompt = [{"role": "system", "content": system_prompt}, *messages]
+    return problems
+
+
+def encode(tokenizer, prompt, chat_template_kwargs=None):
+    """Prompt (text, chat messages, or token ids, which pass through) -> list of token ids with at most one BOS.
+
+    One tokenization, straight from the chat template: rendering to text first would add a second BOS. A tokenizer without
+    template gets the plain contents, paragraph by paragraph, with its own special tokens.
+    """
+    if not isinstance(prompt, str) and isinstance(prompt[0], int):
+        return list(prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if tokenizer.chat_template:
+        kwargs = dict(tokenize=True, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {}))
+        ids = tokenizer.apply_chat_template(messages, **kwargs)
+    else:
+        ids = tokenizer("\n\n".join(m["content"] for m in messages) + "\n")["input_ids"]
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    return list(ids)
+
+
+def tokenize_problems(tokenizer, problems, max_prompt_length, chat_template_kwargs=None):
+    """Set `ids` of every problem; drop and list those longer than max_prompt_length. Raises UserError if none is left."""
+    for p in problems:
+        p.ids = encode(tokenizer, p.prompt, chat_template_kwargs)
+    kept = [p for p in problems if len(p.ids) <= max_prompt_length]
+    long = [f"{p.where} ({len(p.ids)} tokens)" for p in problems if len(p.ids) > max_prompt_length]
+    if not kept:
+        raise UserError(f"--max_prompt_length {max_prompt_length}: every prompt is longer, {long[0]} for one; raise it")
+    if long:
+        print(f"dropped {len(long)} prompts over --max_prompt_length: {', '.join(long[:9])}", file=sys.stderr)
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Grading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def last_boxed(text):
+    """Content of the last complete \\boxed{...} in text, or None. One pass with a stack: hostile text costs linear time."""
+    stack, content = [], None
+    for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
+        if match.group() == "}":
+            start = stack.pop() if stack else None
+            content = content if start is None else text[start : match.start()]
+        elif match.group() == "{" or match.group().startswith("\\boxed"):
+            stack.append(None if match.group() == "{" else match.end())
+    return content
+
+
+def alarm_seconds():
+    """math-verify's own time limit works by SIGALRM, which only the main thread may set."""
+    return 5 if threading.current_thread() is threading.main_thread() else None
+
+
+@functools.lru_cache(maxsize=2**16)
+def parsed_answer(answer):
+    """math-verify's reading of an answer: a list of candidates, empty if there is none. The box is what it trusts most: bare
+    LaTeX such as \\dfrac{9}{7} would parse to nothing."""
+    return math_parse(f"\\boxed{{{answer}}}", parsing_timeout=alarm_seconds())
+
+
+@functools.lru_cache(maxsize=2**16)
+def same_answer(gold, answer):
+    """True if math-verify holds `answer` equal to `gold` (LaTeX without box). Not symmetric: gold comes first."""
+    if gold == answer.strip():
+        return True
+    return bool(math_verify(parsed_answer(gold), parsed_answer(answer), timeout_seconds=alarm_seconds()))
+
+
+def grade(texts, problems, finished=None):
+    """Rewards, one per text: 1.0 if the last complete box holds the problem's answer, else 0.0.
+
+    Three lists of equal length; an unfinished answer (cut at the length limit) scores 0. Nothing outside the last box
+    counts, so a right number mentioned on the way earns nothing.
+    """
+    rewards = []
+    for i, (text, problem) in enumerate(zip(texts, problems, strict=True)):
+        answer = last_boxed(text) if finished is None or finished[i] else None
+        rewards.append(float(answer is not None and len(answer) <= 2000 and same_answer(problem.answer, answer)))
+    return rewards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(path, device="auto", dtype="auto"):
+    """(model, tokenizer) from a local folder or hub id, in evaluation mode. Safetensors only, no remote code.
+
+    device 'auto': cuda if there is one. dtype 'auto': bfloat16 on cuda, float32 on cpu. Raises UserError.
+    """
+    folder = EMBEDDED_MODEL if path == "embedded" else Path(path)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"--model {folder}: no config.json in this folder; pass one written by save_pretrained")
+    if folder.is_dir() and not any(folder.glob("token*.*")) and not any(folder.glob("vocab.*")):
+        raise UserError(f"--model {folder}: no tokenizer in this folder; put one there with tokenizer.save_pretrained")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), use_safetensors=True)
+        model.to(device)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); pass a model folder or reachable hub id")
+    backbone_of(model)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        # save_pretrained refuses such a configuration (top_p beside do_sample=False, say): better now than after training.
+        # Nothing here samples by it; only its end tokens are read.
+        plain = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**plain)
+    return model.eval(), tokenizer
+
+
+def end_token_ids(model, tokenizer):
+    """Every token that ends an answer: the union of generation_config's (one or a list) and the tokenizer's. Sorted list."""
+    ids = model.generation_config.eos_token_id
+    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
+
+
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Evaluation mode for the block, then as before. In training mode with gradient checkpointing, transformers silently
+    drops the key-value cache and samples garbage."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The lens: hidden states of any layer, and token log-probs under the head
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def backbone_of(model):
+    """The decoder below the head: its `layers` (blocks), `norm` (final), `embed_tokens`. Raises UserError naming the class."""
+    backbone = getattr(model, "model", None)
+    if not all(hasattr(backbone, name) for name in ("layers", "norm", "embed_tokens")):
+        raise UserError(f"{type(model).__name__}: no model.layers and model.norm; use a Qwen2-, Qwen3- or Llama-like model")
+    return backbone
+
+
+def position_ids(attention_mask):
+    """[B, T] positions counted over real tokens only, so that padding on either side shifts nothing."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@contextlib.contextmanager
+def early_exit(backbone, layer, norm):
+    """The backbone cut after block `layer`, with or without its final norm, for one forward pass. Weights are untouched.
+
+    Nothing above the cut runs, is stored, is recomputed under gradient checkpointing or gets a gradient: .grad stays None.
+    """
+    layers, final_norm = backbone.layers, backbone.norm
+    backbone.layers, backbone.norm = layers[: layer + 1], final_norm if norm else torch.nn.Identity()
+    try:
+        yield
+    finally:
+        backbone.layers, backbone.norm = layers, final_norm
+
+
+def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
+    """The residual stream that a policy reads -> [B, T, D].
+
+    layer=None: after the last block and the final norm, what the head reads. layer=k, 0-based: the raw stream after block k
+    (the BuPO paper's layer k + 1), running blocks 0..k only; norm=True applies the final norm to it, the usual logit lens.
+    So layer=L-1 with norm=True equals layer=None, and layer=k equals transformers' output_hidden_states[k + 1] for every
+    k < L-1 (its last entry is already normed). Raises UserError for a layer the model does not have.
+    """
+    backbone = backbone_of(model)
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
+    if layer is None:
+        return backbone(**inputs, use_cache=False).last_hidden_state
+    if not 0 <= layer < len(backbone.layers):
+        raise UserError(f"layer {layer}: this model has blocks 0 to {len(backbone.layers) - 1}")
+    with early_exit(backbone, layer, norm):
+        return backbone(**inputs, use_cache=False).last_hidden_state
+
+
+class HeadProduct(torch.autograd.Function):
+    """hidden [N, D] x weight [V, D] -> fp32 logits [N, V] from bf16 inputs, on CUDA. A bf16 result would round every log-prob
+    to about 0.03 nats; an fp32 product would cost more than all the blocks of phase one."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight = ctx.saved_tensors
+        return grad.to(weight.dtype) @ weight, grad.to(weight.dtype).t() @ hidden
+
+
+def head_logits(model, hidden):
+    """hidden [N, D] -> fp32 logits [N, V] under the unembedding matrix, before any temperature."""
+    head = model.get_output_embeddings()
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        logits = HeadProduct.apply(hidden, head.weight)
+    else:
+        logits = F.linear(hidden, head.weight).float()
+    return logits if head.bias is None else logits + head.bias.float()
+
+
+CHUNK_LOGITS = 2**26  # logits alive at once in token_logps: 256 MiB in fp32
+
+
+def token_logps(model, hidden, targets, temperature=1.0):
+    """Log-prob of every target and entropy of every distribution, fp32 nats, differentiable in both.
+
+    hidden [B, T, D], targets [B, T] -> (logps [B, T], entropy [B, T]). Never shifts: hidden[:, t] predicts targets[:, t];
+    callers pass hidden[:, :-1] and ids[:, 1:]. The distribution is softmax(logits / temperature), the one that was sampled
+    from. Head and log-softmax run in chunks that the backward pass recomputes: no [B, T, V] tensor is ever kept.
+    """
+
+    def chunk(hidden, targets):
+        logps = F.log_softmax(head_logits(model, hidden) / temperature, dim=-1)  # [n, V]
+        entropy = -(logps.exp() * logps).sum(-1)
+        return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+    size = max(1, CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0])
+    pieces = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size))
+    logps, entropy = zip(*(checkpoint(chunk, h, t, use_reentrant=False) for h, t in pieces))
+    return torch.cat(logps).view(targets.shape), torch.cat(entropy).view(targets.shape)
+
+
+def completion_logps(model, rollouts, rows, temperature, layer=None, norm=False):
+    """Log-probs and entropies of the completion tokens of some rows, under the whole policy or that of block `layer`.
+
+    rows: n indices into the batch -> (logps [n, T], entropy [n, T]), aligned with rollouts.ids[rows], 0 outside the mask.
+    The rows are cut to their longest, and only the positions that predict a completion token meet the head.
+    """
+    longest = int(rollouts.attention_mask[rows].sum(1).max())
+    ids, attention_mask = rollouts.ids[rows, :longest], rollouts.attention_mask[rows, :longest]
+    mask = rollouts.mask[rows].bool()
+    predicts = mask[:, 1:longest]  # column t of the hidden states predicts token t + 1
+    hidden = hidden_states(model, ids[:, :-1], attention_mask[:, :-1], layer, norm)[predicts]  # [N, D]
+    logps, entropy = token_logps(model, hidden[None], ids[:, 1:][predicts][None], temperature)
+    zeros = torch.zeros(mask.shape, device=hidden.device)
+    return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Rollouts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollouts:
+    """B completions behind their prompts, right-padded. All [B, T] tensors are aligned with ids."""
+
+    ids: torch.Tensor  # [B, T] prompt, completion, padding
+    attention_mask: torch.Tensor  # [B, T] 1 on prompt and completion; from lengths, never from ids != pad
+    mask: torch.Tensor  # [B, T] 1.0 on completion tokens up to and including the first end token
+    lengths: torch.Tensor  # [B] completion tokens = mask.sum(1)
+    finished: torch.Tensor | None = None  # [B] bool: ended by an end token, not by the length limit
+    logps: torch.Tensor | None = None  # [B, T] log-prob of each completion token when it was sampled, 0 elsewhere
+    entropy: torch.Tensor | None = None  # [B, T] entropy of the distribution it was sampled from, 0 elsewhere
+    texts: list[str] | None = None  # completions without special tokens
+
+
+def assemble(prompts, completions, pad, device):
+    """B prompts and B completions, lists of token ids -> Rollouts with ids, masks and lengths."""
+    ids = torch.full((len(prompts), max(len(p) + len(c) for p, c in zip(prompts, completions))), pad or 0)
+    attention_mask, mask = torch.zeros_like(ids), torch.zeros(ids.shape)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        start, end = len(prompt), len(prompt) + len(completion)
+        ids[i, :end] = torch.tensor(prompt + completion)
+        attention_mask[i, :end], mask[i, start:end] = 1, 1.0
+    return Rollouts(*(tensor.to(device) for tensor in (ids, attention_mask, mask, mask.sum(1).long())))
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0, max_rollout_tokens=2**18,
+           chat_template_kwargs=None, seed=0):  # fmt: skip
+    """n completions per prompt from the policy itself -> Rollouts with B = len(prompts) * n rows, prompt-major.
+
+    prompts: texts, chat messages or token ids. temperature 0 is greedy (its log-probs are those at temperature 1).
+    The distribution is softmax(logits / temperature) over the whole vocabulary: no top-k, top-p, min-p or penalty, whatever
+    the model's generation_config says, because the loss differentiates this distribution and no other. Rows run in waves
+    of at most max_rollout_tokens tokens. The same seed gives the same samples.
+    """
+    prompts = [encode(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
+    generator = torch.Generator(model.device).manual_seed(seed)
+    rows = [p for p in range(len(prompts)) for _ in range(n)]  # the prompt of every row
+    wave = max(1, max_rollout_tokens // (max(map(len, prompts)) + max_completion_length))
+    stop = end_token_ids(model, tokenizer)
+    with evaluation_mode(model):
+        waves = [
+            sample_wave(model, prompts, rows[i : i + wave], max_completion_length, temperature, stop, generator)
+            for i in range(0, len(rows), wave)
+        ]
+    completions = [completion for wave in waves for completion in wave[0]]
+    rollouts = assemble([prompts[p] for p in rows], completions, tokenizer.pad_token_id, model.device)
+    tokens = rollouts.mask.bool()  # in row-major order these are the tokens of row 0, row 1, ...
+    rollouts.logps = torch.zeros_like(rollouts.mask).masked_scatter(tokens, torch.cat([wave[1] for wave in waves]))
+    rollouts.entropy = torch.zeros_like(rollouts.mask).masked_scatter(tokens, torch.cat([wave[2] for wave in waves]))
+    rollouts.finished = torch.tensor([completion[-1] in stop for completion in completions], device=model.device)
+    rollouts.texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
+    return rollouts
+
+
+def sample_wave(model, prompts, rows, max_completion_length, temperature, stop, generator):
+    """Decode one completion for every entry of `rows` (indices into prompts, ascending).
+
+    Each prompt is prefilled once and its cache shared by its samples; a finished row leaves the batch.
+    -> (completions: lists of token ids, logps [N], entropy [N]), N tokens of all rows one after the other.
+    """
+    cache, device = DynamicCache(config=model.config), model.device
+
+    def forward(ids, attention_mask):  # -> [B, D], the state that predicts the next token
+        positions = position_ids(attention_mask)[:, -ids.shape[1] :]
+        inputs = dict(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
+        return backbone_of(model)(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+
+    unique, owner = torch.tensor(rows, device=device).unique(return_inverse=True)
+    unique = [prompts[p] for p in unique.tolist()]
+    # Left padding puts every prompt's last token into the last column, which predicts the first completion token.
+    padding = [max(map(len, unique)) - len(prompt) for prompt in unique]
+    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, unique)], device=device)
+    attention_mask = torch.tensor([[0] * pad + [1] * len(prompt) for pad, prompt in zip(padding, unique)], device=device)
+    hidden = forward(ids, attention_mask)[owner]
+    attention_mask = attention_mask[owner]
+    cache.batch_select_indices(owner)
+
+    alive = torch.arange(len(rows), device=device)  # rows still decoding
+    stop, history = torch.tensor(stop, dtype=torch.long, device=device), []
+    for step in range(max_completion_length):
+        distribution = F.log_softmax(head_logits(model, hidden) / (temperature or 1.0), dim=-1)  # [alive, V]
+        if temperature == 0:
+            token = distribution.argmax(-1)
+        else:
+            token = torch.multinomial(distribution.exp(), 1, generator=generator).squeeze(1)
+        logps = distribution.gather(1, token[:, None]).squeeze(1)
+        history.append((alive, token, logps, -(distribution.exp() * distribution).sum(-1)))
+        keep = (~torch.isin(token, stop)).nonzero().squeeze(1)
+        if len(keep) < len(alive):
+            alive, token, attention_mask = alive[keep], token[keep], attention_mask[keep]
+            cache.batch_select_indices(keep)
+        if len(alive) == 0 or step == max_completion_length - 1:
+            break
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        hidden = forward(token[:, None], attention_mask)
+
+    owner, tokens, logps, entropy = (torch.cat(column) for column in zip(*history))  # step-major
+    order = owner.argsort(stable=True)  # row-major; stable keeps the steps of a row in order
+    completions = tokens[order].cpu().split(owner.bincount().tolist())
+    return [completion.tolist() for completion in completions], logps[order], entropy[order]
+
+
+def micro_batches(rollouts, rows, budget):
+    """Split row indices into lists of at most `budget` tokens each, padding included; similar lengths go together."""
+    lengths = rollouts.attention_mask.sum(1).tolist()
+    batches = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):  # longest first: the first of a batch is its width
+        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Optimizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Optimizer:
+    """AdamW (0.9, 0.999) on fp32 master weights, whatever the dtype of the model.
+
+    A bf16 weight keeps 8 bits: an update of 1e-6 on a weight of 0.02 rounds to nothing. So moments and a master copy are
+    fp32, beside the weights or on --optimizer_device, and the model gets the rounded master after each step; a model that
+    is fp32 there already is its own master. Parameters are updated one by one, so that one fp32 gradient exists at a time;
+    those whose grad is None are not touched at all: no decay, no moments.
+    """
+
+    def __init__(self, model, args):
+        self.max_grad_norm, self.skipped_in_a_row = args.max_grad_norm, 0
+        self.parameters = dict(model.named_parameters())  # a tied matrix appears once
+        self.masters, self.adam = {}, {}
+        for name, parameter in self.parameters.items():
+            master = parameter.detach().to(args.optimizer_device or parameter.device, torch.float32)
+            self.masters[name] = parameter if master.data_ptr() == parameter.data_ptr() else master
+            adam = torch.optim.AdamW([self.masters[name]], args.learning_rate, weight_decay=args.weight_decay, fused=True)
+            self.adam[name] = adam
+
+    def step(self, learning_rate=None):
+        """Clip, update, clear the gradients -> gradient norm before clipping. A non-finite gradient updates nothing and is
+        returned as it is; ten in a row raise UserError."""
+        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads.values()]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == 10:
+            raise UserError("10 non-finite gradients in a row; lower --learning_rate, or try --dtype float32")
+        for name, grad in grads.items() if math.isfinite(norm) else ():
+            parameter, master, adam = self.parameters[name], self.masters[name], self.adam[name]
+            master.grad = grad.to(master.device, torch.float32).mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
+            adam.param_groups[0]["lr"] = learning_rate or adam.param_groups[0]["lr"]
+            adam.step()
+            if master is not parameter:
+                parameter.data.copy_(master)
+            parameter.grad = master.grad = None
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return norm
+
+    def state_dict(self):
+        """Masters and moments by parameter name."""
+        return {name: dict(master=self.masters[name].data, adam=self.adam[name].state_dict()) for name in self.adam}
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` gave."""
+        for name, adam in self.adam.items():
+            self.masters[name].data.copy_(state[name]["master"])
+            adam.load_state_dict(state[name]["adam"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def masked_mean(values, mask):
+    """Mean of values where mask is 1, as a float; 0.0 where nothing is."""
+    return float((values * mask).sum() / mask.sum().clamp(min=1))
+
+
+def grade_rollouts(rollouts, problems):
+    """Rewards [P, G] of rollouts whose B rows are prompt-major over the problems."""
+    G = len(rollouts.texts) // len(problems)
+    rewards = grade(rollouts.texts, [p for p in problems for _ in range(G)], rollouts.finished)
+    return torch.tensor(rewards).view(len(problems), G)
+
+
+def evaluate(model, tokenizer, problems, n, temperature=1.0, max_completion_length=8192, **sampling):
+    """Sample n answers per problem and score them; sampling: further arguments of `sample`.
+
+    -> dict: accuracy (mean over all answers, avg@n), response_length (tokens), entropy (nats per token), truncated_share,
+    rewards [P, n], and the rollouts themselves.
+    """
+    prompts = [problem.ids or problem.prompt for problem in problems]
+    rollouts = sample(model, tokenizer, prompts, n, max_completion_length, temperature, **sampling)
+    rewards = grade_rollouts(rollouts, problems)
+    return dict(**summary(rollouts, rewards), rewards=rewards, rollouts=rollouts)
+
+
+def summary(rollouts, rewards):
+    """The figures of a batch of answers that training steps and evaluations both log. rewards [P, G] -> dict of floats."""
+    return dict(
+        accuracy=float((rewards == 1).float().mean()),
+        response_length=float(rollouts.lengths.float().mean()),
+        entropy=masked_mean(rollouts.entropy, rollouts.mask),
+        truncated_share=float((~rollouts.finished).float().mean()),
+    )
+
+
+def logp_gap(rollouts, logps, rows):
+    """Mean and largest distance, in nats, between the sampler's and the training path's log-probs over some rows' completion
+    tokens. What is sampled must be what is trained, so only rounding may remain. None without rows."""
+    mask = rollouts.mask[list(rows)]
+    gap = (logps - rollouts.logps)[list(rows)].abs() * mask
+    return dict(logp_gap=masked_mean(gap, mask), logp_gap_max=float(gap.max())) if rows else dict(logp_gap=None)
+
+
+@torch.no_grad()
+def kl_between(model, other, rollouts, micro_batch_tokens, temperature=1.0):
+    """KL(model || other) in nats per token on completions sampled from `model`: the mean of k3 = exp(x) - x - 1 with
+    x = logp_other - logp_model, which is unbiased and never negative."""
+    total = 0.0
+    for rows in micro_batches(rollouts, range(len(rollouts.ids)), micro_batch_tokens):
+        logps, _ = completion_logps(model, rollouts, rows, temperature)
+        x = (completion_logps(other, rollouts, rows, temperature)[0] - logps).clamp(-20, 20)
+        total += float(((x.exp() - x - 1) * rollouts.mask[rows]).sum())
+    return total / float(rollouts.mask.sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. The run folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Options that a resumed run may change, by how their names start; any other change would make it another experiment.
+RESUMABLE = ("max_steps", "save_", "eval_", "report_to", "micro_batch_tokens", "overwrite", "output_dir")
+
+
+class Run:
+    """One training run in --output_dir: data order, clock, logs, evaluations, checkpoints, resume.
+
+    A script's main: run = Run(args); model, tokenizer, optimizer = run.load(); for step, problems in run.steps(): train,
+    run.log(...), run.save(step); and run.finish(). Nothing is written before the first step.
+    """
+
+    def __init__(self, args):
+        self.args, self.folder, self.stop_signal, self.start = args, Path(args.output_dir), None, 0
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--output_dir {self.folder}: is a file; pass a folder")
+        if self.folder.is_dir() and Path(args.model).is_dir() and self.folder.samefile(args.model):
+            raise UserError(f"--output_dir {self.folder}: is --model too; pass another folder")
+        if step_of(self.folder) >= args.max_steps and not args.overwrite:
+            sys.exit(print(f"{self.folder}: finished; --overwrite trains again, --output_dir elsewhere"))
+        # The newest whole checkpoint, and the step after which it was written; a half-written one has step 0.
+        self.checkpoint = max(self.folder.glob("checkpoint-*"), key=step_of, default=self.folder)
+        self.start = 0 if args.overwrite else step_of(self.checkpoint)
+        before = json.loads((self.folder / "args.json").read_text()) if self.start else {}
+        for name, value in vars(args).items():
+            if self.start and before.get(name) != value and not name.startswith(RESUMABLE):
+                raise UserError(
+                    f"--{name} {value!r}: the unfinished run in {self.folder} has {before.get(name)!r}; "
+                    "repeat its command to resume it, --overwrite it, or choose another --output_dir"
+                )
+
+    def load(self, problems=None):
+        """(model, tokenizer, optimizer) from the newest whole checkpoint, else from --model; training problems (those
+        given, else --data) and held-out ones, tokenized."""
+        args = self.args
+        path = self.checkpoint if self.start else args.model
+        self.model, self.tokenizer = load_model(str(path), args.device, args.dtype)
+        limits = args.max_prompt_length, json.loads(args.chat_template_kwargs)
+        self.problems = problems or load_problems(args.data, "train", 0, args.system_prompt)
+        self.problems = tokenize_problems(self.tokenizer, self.problems, *limits)
+        self.eval_problems, eval_data = [], args.eval_data or ("arithmetic" if args.data == "arithmetic" else "")
+        if eval_data and args.eval_steps:
+            self.eval_problems = load_problems(eval_data, "test", args.eval_problems, args.system_prompt)
+            self.eval_problems = tokenize_problems(self.tokenizer, self.eval_problems, *limits)
+        if args.num_prompts > len(self.problems):
+            raise UserError(f"--num_prompts {args.num_prompts}: {args.data} has only {len(self.problems)}; lower it")
+        print(f"first prompt: {self.tokenizer.decode(self.problems[0].ids)!r}, tokens {self.problems[0].ids}"[:1000])
+        if args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = Optimizer(self.model, args)
+        if self.start:
+            self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", "cpu", weights_only=True))
+        return self.model, self.tokenizer, self.optimizer
+
+    def steps(self):
+        """Yield (step, problems) from the first, or first not yet trained, step to --max_steps."""
+        args = self.args
+        self.report = reporter(args)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("checkpoint-*") if not self.start else ():
+                shutil.rmtree(path)
+            (self.folder / "trainer_state.json").unlink(missing_ok=True)
+            write_json(self.folder / "args.json", vars(args))
+            for name in ("metrics.jsonl", "completions.jsonl"):
+                cut_back(self.folder / name, self.start)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.folder}: cannot be written ({error.strerror}); pass another folder")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
+        if not self.start:
+            self.evaluate(0)
+        self.bar = tqdm(total=args.max_steps, initial=self.start, unit="step", mininterval=1.0)
+        for step in range(self.start + 1, args.max_steps + 1):
+            torch.manual_seed(step_seed(args.seed, step))  # nothing here draws from it; a model with dropout does
+            self.stages, self.mark = {}, time.perf_counter()
+            yield step, self.batch(step)
+        self.bar.close()
+
+    def interrupt(self, number, frame):
+        """First SIGINT or SIGTERM: let the step finish (`save` then stops the run). Second: stop at once."""
+        if self.stop_signal:
+            sys.exit(128 + number)
+        self.stop_signal = number
+        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+    def batch(self, step):
+        """The problems of a step: consecutive blocks of a permutation that depends on seed and epoch only, so that
+        resuming needs no stored position. The few problems left over at the end of an epoch are dropped."""
+        P, order = self.args.num_prompts, list(range(len(self.problems)))
+        epoch, block = divmod(step - 1, len(order) // P)
+        random.Random(f"{self.args.seed}-{epoch}").shuffle(order)
+        return [self.problems[i] for i in order[block * P : (block + 1) * P]]
+
+    def lap(self, stage):
+        """Charge the time since this step's last lap to `stage`."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.stages[stage] = self.stages.get(stage, 0.0) + now - self.mark
+        self.mark = now
+
+    def record(self, step, metrics, shown=("loss",)):
+        """Append a training step to metrics.jsonl; show some of its metrics on the bar."""
+        clock = dict(seconds=sum(self.stages.values()), seconds_by_stage=self.stages, peak_memory_gb=peak_memory_gb())
+        metrics = dict(step=step, **metrics, **clock)
+        append_jsonl(self.folder / "metrics.jsonl", [metrics])
+        self.report(metrics, step=step)
+        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
+        self.bar.update()
+
+    def log(self, step, problems, rollouts, rewards, advantages, metrics):
+        """Append a step of reinforcement learning to metrics.jsonl and its answers to completions.jsonl.
+
+        rewards [P, G]; advantages [P, G] or None; metrics: what only the algorithm knows, by name.
+        """
+        right, lengths, answers = rewards.flatten() == 1, rollouts.lengths.float().cpu(), []
+        for i, text in enumerate(rollouts.texts):
+            p, g = divmod(i, rewards.shape[1])
+            prompt = problems[p].prompt if isinstance(problems[p].prompt, str) else problems[p].prompt[-1]["content"]
+            answer = dict(step=step, problem=prompt, text=text, answer=last_boxed(text), gold=problems[p].answer)
+            answer |= dict(reward=rewards[p, g].item(), advantage=None if advantages is None else advantages[p, g].item())
+            answers.append(answer | dict(length=int(lengths[i]), finished=bool(rollouts.finished[i])))
+        append_jsonl(self.folder / "completions.jsonl", answers)
+        metrics = dict(
+            reward=rewards.mean().item(),
+            **summary(rollouts, rewards),
+            length_right=lengths[right].mean().item() if right.any() else None,
+            length_wrong=lengths[~right].mean().item() if not right.all() else None,
+            zero_variance_share=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+            **metrics,
+        )
+        self.lap("bookkeeping")
+        metrics["tokens_per_second"] = lengths.sum().item() / sum(self.stages.values())
+        self.record(step, metrics, ("reward", "accuracy", "response_length", "entropy"))
+
+    def evaluate(self, step):
+        """Sampled and greedy accuracy on held-out problems and the KL to the starting model, into metrics.jsonl."""
+        if not self.eval_problems:
+            return
+        args, inputs = self.args, (self.model, self.tokenizer, self.eval_problems)
+        limits = dict(max_completion_length=args.max_completion_length, max_rollout_tokens=args.max_rollout_tokens)
+        seed = step_seed(args.seed, "evaluation")  # the same at every step: less noise between evaluations
+        sampled = evaluate(*inputs, args.eval_samples, args.eval_temperature, seed=seed, **limits)
+        greedy, kl = evaluate(*inputs, 1, 0.0, **limits)["accuracy"], 0.0
+        if step > 0:
+            start, _ = load_model(args.model, args.device, args.dtype)  # for this pass only: freed on return
+            kl = kl_between(self.model, start, sampled["rollouts"], args.micro_batch_tokens, args.eval_temperature)
+        figures = {f"eval_{name}": value for name, value in sampled.items() if isinstance(value, float)}
+        record = dict(step=step, **figures, eval_greedy_accuracy=greedy, kl_to_start=kl)
+        append_jsonl(self.folder / "metrics.jsonl", [record])
+        self.report(record, step=step)
+        tqdm.write(
+            f"step {step:4d}: held-out accuracy {sampled['accuracy']:.3f} sampled, {greedy:.3f} greedy; "
+            f"length {sampled['response_length']:.1f}, entropy {sampled['entropy']:.3f}, KL to start {kl:.4f}"
+        )
+
+    def save(self, step):
+        """End a step: evaluate and checkpoint where due. After a signal: checkpoint, say how to resume, exit."""
+        args, last = self.args, step == self.args.max_steps
+        if args.eval_steps and (last or step % args.eval_steps == 0):
+            self.evaluate(step)
+        if self.stop_signal or (args.save_steps and step % args.save_steps == 0 and not last):
+            self.write_model(self.folder / f"checkpoint-{step}.tmp", step)
+            os.rename(self.folder / f"checkpoint-{step}.tmp", self.folder / f"checkpoint-{step}")  # whole or not at all
+            whole = sorted((p for p in self.folder.glob("checkpoint-*") if step_of(p)), key=step_of)
+            for path in whole[: -args.save_total_limit] if args.save_total_limit else ():
+                shutil.rmtree(path)
+        if self.stop_signal:
+            self.bar.close()
+            print(f"stopped after step {step}; the same command resumes from {self.folder}", file=sys.stderr)
+            sys.exit(128 + self.stop_signal)
+
+    def write_model(self, folder, step):
+        """A `from_pretrained` folder with tokenizer, optimizer and the step it was written after, forced to disk."""
+        shutil.rmtree(folder, ignore_errors=True)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        write_json(folder / "trainer_state.json", {"step": step})
+        for path in folder.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+    def finish(self):
+        """Model, tokenizer and optimizer into the run folder itself, then the curves."""
+        self.write_model(self.folder / "final.tmp", self.args.max_steps)
+        for path in sorted((self.folder / "final.tmp").iterdir()):  # trainer_state.json marks a finished run: last
+            os.replace(path, self.folder / path.name)
+        (self.folder / "final.tmp").rmdir()
+        draw_curves(self.folder)
+        print(f"{self.folder}: model, metrics.jsonl, completions.jsonl, curves.png")
+
+
+def step_seed(*parts):
+    """A seed that depends on all of `parts` (run seed and step, say), so that resuming needs no stored generator state."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+def step_of(folder):
+    """The step after which a model folder was written whole; 0 for one that was not ('checkpoint-20.tmp', say)."""
+    state = folder / "trainer_state.json"
+    return json.loads(state.read_text())["step"] if state.is_file() and folder.suffix != ".tmp" else 0
+
+
+def append_jsonl(path, records):
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def cut_back(path, step):
+    """Keep the lines of a JSONL log up to a step; a last line cut off by a kill goes, too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            kept += [line] if json.loads(line)["step"] <= step else []
+    path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def write_json(path, value):
+    path.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def peak_memory_gb():
+    """Peak GPU memory of this process, or its peak resident memory where there is no GPU, in 10^9 bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def reporter(args):
+    """A function (record, step=...) that logs to --report_to. Raises UserError if that package is not installed."""
+    if args.report_to == "none":
+        return lambda record, step: None
+    try:
+        tracker = importlib.import_module(args.report_to)
+    except ImportError:
+        raise UserError(f"--report_to {args.report_to}: not installed; pip install it, or use --report_to none")
+    tracker.init(project=Path.cwd().name, name=args.output_dir, config=vars(args))
+    return tracker.log
+
+
+def draw_curves(folder):
+    """curves.png from metrics.jsonl: accuracy, entropy, length and KL against steps; the internal phase is shaded."""
+    import matplotlib.pyplot as plt
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    internal = [r["step"] for r in records if r.get("phase") == "internal"]
+    panels = {
+        "accuracy": {"accuracy": "training batch", "eval_accuracy": "held out", "eval_greedy_accuracy": "held out, greedy"},
+        "entropy (nats per token)": {"entropy": "sampled policy", "": "", "trained_entropy": "trained policy"},
+        "response length (tokens)": {"response_length": "training batch", "eval_response_length": "held out"},
+        "KL to the starting model (nats per token)": {"": "", "kl_to_start": "held out"},
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
+    for axis, (title, lines) in zip(axes.flat, panels.items()):
+        for (name, label), style in zip(lines.items(), ("0.6", "ko-", "k--")):
+            points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+            axis.plot(*(zip(*points) if points else ([], [])), style, label=label if points else None, markersize=4)
+        if internal:
+            axis.axvspan(0, max(internal), color="tab:orange", alpha=0.2, label="an internal policy is trained")
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.legend(fontsize=8)
+    figure.savefig(folder / "curves.png", dpi=100)
+    plt.close(figure)
