@@ -1,15 +1,15 @@
 """BuPO: bottom-up policy optimization (https://arxiv.org/abs/2512.19673).
 
-A language model is a stack of policies: the residual stream H_k after any block k, times the unembedding matrix E_u, is a
-distribution over the next token. For the first steps the policy of a low block is trained, then the whole one:
+A language model is a stack of policies: the residual stream H_k after any block k, times the unembedding matrix E_u, is
+a distribution over the next token. For the first steps the policy of a low block is trained, then the whole one:
     pi_k = softmax(H_k E_u^T)                                 internal policy of block k, without final norm
     r = pi_k(o_t) / pi_k,old(o_t)      while step <= internal_steps,      pi(o_t) / pi_old(o_t) afterwards
     A, L as in grpo.py; samples and rewards always come from the whole policy
 
 Against grpo.py:
-- two options: which block (--internal_layer, 0-based: the paper's layer k + 1) and for how many steps (--internal_steps)
+- two options: which block (--internal_layer, 0-based: the paper's layer k + 1), for how many steps (--internal_steps)
 - one line per step decides whose log-probs, old and new, the loss sees
-- that line also stops the forward pass at block k: what lies above, final norm included, gets no gradient and stays as it is
+- it also ends the forward pass at block k: what lies above, final norm included, gets no gradient and stays as it is
 - the log-prob gap is void in phase one: there the ratio limits the size of an update, it corrects no sampling
 
     python bupo.py                                           # embedded model, no GPU, no network: minutes
@@ -35,6 +35,7 @@ EMBEDDED = dict(
     num_minibatches=1,
     learning_rate=1e-4,
     max_completion_length=64,
+    micro_batch_tokens=2048,
     gradient_checkpointing=False,
     save_total_limit=0,
     save_steps=20,
@@ -59,12 +60,8 @@ class Args(common.RunArgs):
     epsilon_high: float | None = option(None, "clip range of the ratio above 1 (clip-higher)")
     delta: float = option(10.0, "dual clip: a negative advantage weighs at most this many times; above 1")
     beta: float = option(0.0, "weight of the KL to the starting model; 0 loads no reference")
-    internal_layer: int = option(
-        5, "block whose policy phase one trains, 0-based (the paper's layer 6 of Qwen3-4B and 8B)"
-    )
-    internal_steps: int = option(
-        30, "steps of phase one; 0 is GRPO (paper: 30 for Qwen3-4B, 20 for larger and Llama models)"
-    )
+    internal_layer: int = option(5, "block whose policy phase one trains, 0-based (paper: its layer 6)")
+    internal_steps: int = option(30, "steps of phase one; 0 is GRPO (paper: 30 for Qwen3-4B, 20 else)")
     internal_norm: bool = option(False, "apply the final norm to the internal state, as the usual logit lens does")
 
 
@@ -83,7 +80,7 @@ def advantages(rewards, lengths, estimator="group_normalised"):
         A = centred
     elif estimator == "leave_one_out":  # RLOO: the mean of the others as baseline, which keeps the gradient unbiased
         A = centred * rewards.shape[1] / (rewards.shape[1] - 1)
-    else:  # batch_whitened, REINFORCE++: every token carries its sequence's reward, whitened over all tokens of the batch
+    else:  # batch_whitened, REINFORCE++: each token carries its sequence's reward, whitened over all the tokens
         equal = (rewards.max() == rewards.min()).expand_as(rewards)
         mean = (rewards * lengths).sum() / lengths.sum()
         var = (lengths * (rewards - mean) ** 2).sum() / (lengths.sum() - 1)
@@ -94,7 +91,8 @@ def advantages(rewards, lengths, estimator="group_normalised"):
 def loss(logps, old_logps, advantages, mask, args, ref_logps=None):
     """Clipped surrogate, summed over tokens; main divides by the token count of the whole mini-batch.
 
-    logps, old_logps, ref_logps, mask: [B, T]; advantages: [B, 1] or [B, T]. Reads args.epsilon, epsilon_high, delta, beta.
+    logps, old_logps, ref_logps, mask: [B, T]; advantages: [B, 1] or [B, T]. Reads args.epsilon, epsilon_high, delta,
+    beta.
     -> (scalar, metrics: sums over tokens).
     """
     # The clamp keeps exp finite: log-probs of an unconverged policy can be a hundred nats apart.
@@ -121,19 +119,16 @@ def main(args):
     if args.num_generations < 2 and args.advantage != "batch_whitened":
         raise common.UserError(f"--num_generations {args.num_generations}: a group baseline needs at least 2")
     if args.num_prompts % args.num_minibatches:
-        raise common.UserError(
-            f"--num_minibatches {args.num_minibatches}: must divide --num_prompts {args.num_prompts}"
-        )
-    if args.model == "embedded" and not common.EMBEDDED_MODEL.exists():
+        raise common.UserError(f"--num_minibatches {args.num_minibatches}: must divide --num_prompts")
+    if args.model == "embedded":
         import sft
 
-        sft.main(sft.Args())
+        sft.ensure_embedded()
     run = common.Run(args)
     model, tokenizer, optimizer = run.load()
     if not 0 <= args.internal_layer < model.config.num_hidden_layers:
-        raise common.UserError(
-            f"--internal_layer {args.internal_layer}: this model has blocks 0 to {model.config.num_hidden_layers - 1}"
-        )
+        last = model.config.num_hidden_layers - 1
+        raise common.UserError(f"--internal_layer {args.internal_layer}: this model has blocks 0 to {last}")
     if args.internal_steps >= args.max_steps:
         print(f"--internal_steps {args.internal_steps}: phase two is never reached in --max_steps {args.max_steps}")
     reference = common.load_model(args.model, args.device, args.dtype)[0] if args.beta > 0 else None
@@ -160,11 +155,12 @@ def main(args):
         A_rows = A.view(-1, 1).to(model.device)  # [B, 1], the same for every token of a completion
         run.lap("grading")
 
-        # 2. Old log-probs, from the training path and before the first update: the sampler's differ by rounding, and the
-        # ratio must start at exactly 1. With one mini-batch they are those of the update pass itself.
+        # 2. Old log-probs, from the training path and before the first update: the sampler's differ by rounding, and
+        # the ratio must start at exactly 1. With one mini-batch they are those of the update pass itself.
         old_logps = torch.zeros_like(rollouts.logps)
         # A completion with advantage 0 has no gradient unless it is held to a reference: it is skipped, but counted.
-        live = [row for row in range(len(A_rows)) if A_rows[row] != 0 or args.beta > 0]
+        live = [row for row, a in enumerate(A.flatten().tolist()) if a != 0 or args.beta > 0]
+        model.train()
         if args.num_minibatches > 1:
             for rows in common.micro_batches(rollouts, live, args.micro_batch_tokens):
                 with torch.no_grad():
@@ -172,7 +168,6 @@ def main(args):
         run.lap("old_logps")
 
         # 3. One optimizer step per mini-batch of whole groups.
-        model.train()
         sums, grad_norms = Counter(), []
         for minibatch in torch.arange(len(A_rows)).chunk(args.num_minibatches):
             tokens = rollouts.mask[minibatch].sum()  # the normaliser, known before the first backward

@@ -7,11 +7,11 @@ knows which algorithm runs. Sections, each readable on its own:
     2 problems and prompts       5 the lens           8 evaluation
     3 grading                    6 rollouts           9 the run folder
 
-Shapes, here and everywhere: B sequences, P prompts, G samples per prompt (B = P*G, prompt-major: all samples of prompt 0
-first), T tokens, V vocabulary, L layers, D width. Natural logarithms; entropies in nats.
+Shapes, here and everywhere: B sequences, P prompts, G samples per prompt (B = P*G, prompt-major: all samples of prompt
+0 first), T tokens, V vocabulary, L layers, D width. Natural logarithms; entropies in nats.
 
-Every [B, T] tensor of a rollout is aligned with `ids`: column t belongs to token ids[:, t]. The logits that predict this
-token come out of column t-1, so a forward pass over ids[:, :-1] scores the targets ids[:, 1:].
+Every [B, T] tensor of a rollout is aligned with `ids`: column t belongs to token ids[:, t]. The logits that predict
+this token come out of column t-1, so a forward pass over ids[:, :-1] scores the targets ids[:, 1:].
 """
 
 import contextlib
@@ -49,6 +49,8 @@ EMBEDDED_MODEL = Path("runs/tiny")  # where sft.py keeps the embedded model
 # Metrics that may differ between two equal runs: clocks and memory, nothing that is learned.
 VOLATILE = {"seconds", "seconds_by_stage", "tokens_per_second", "peak_memory_gb"}
 
+LOGP_GAP_TOLERANCE = 0.05  # nats per token between sampler and trainer; bf16 rounding gives about 0.01
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Errors and command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn a UserError into one line on stderr and exit status 2. Any other exception is a bug and keeps its traceback."""
+    """A UserError becomes one line on stderr and exit status 2. Other exceptions are bugs and keep their traceback."""
     try:
         yield
     except UserError as error:
@@ -80,7 +82,7 @@ class RunArgs:
     """Options of every training script. Each script's `Args` adds its own, with the paper's values."""
 
     model: str = option("embedded", "'embedded' (tiny, built on first use), a local folder, or a hub id")
-    data: str = option("arithmetic", "'arithmetic', a .jsonl file, hf://datasets/OWNER/NAME/FILE.jsonl, or a hub data set")
+    data: str = option("arithmetic", "'arithmetic', FILE.jsonl, hf://datasets/OWNER/NAME/FILE.jsonl, or a hub data set")
     eval_data: str = option("", "held-out problems, as --data; '': the held-out split of arithmetic, else none")
     system_prompt: str = option(SYSTEM_PROMPT, "system message before every problem; '' for none")
     chat_template_kwargs: str = option('{"enable_thinking": false}', "JSON object for the tokenizer's chat template")
@@ -93,7 +95,7 @@ class RunArgs:
     weight_decay: float = option(0.01, "AdamW decoupled decay; 0 for none")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm; inf for never")
     device: str = option("auto", "'auto' (cuda if there is one), 'cpu', 'cuda', 'cuda:1', ...")
-    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "of the weights; auto: bfloat16 on cuda, else float32")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "of weights; auto: bfloat16 on cuda, else float32")
     gradient_checkpointing: bool = option(True, "recompute blocks in the backward pass: less memory, a third more time")
     optimizer_device: str = option("", "'cpu' keeps fp32 masters and moments in host memory; '': beside the weights")
     seed: int = option(0, "drives data order and sampling")
@@ -176,7 +178,7 @@ def arithmetic(split, n, seed=0):
 
 
 def read_rows(source, split="train"):
-    """Yield (where, row) of a .jsonl file, local or hf://, or of a hub data set. Raises UserError naming file and line."""
+    """Yield (where, row) of a .jsonl file, local or hf://, or a hub data set. Raises UserError naming file and line."""
     if not source.startswith("hf://") and not source.endswith((".json", ".jsonl")) and not Path(source).exists():
         try:
             from datasets import load_dataset
@@ -210,32 +212,35 @@ def is_prompt(value):
     return isinstance(value, str) and bool(value.strip())
 
 
-def problem_from_row(where, row):
+def problem_from_row(where, row, labels=True):
     """One row -> Problem. Fields: problem | question | prompt, and answer | final_answer | solution (with a box)."""
     found = f"found fields {', '.join(map(str, row)) or 'none'}"[:300]
     prompt = next((row[name] for name in ("problem", "question", "prompt") if is_prompt(row.get(name))), None)
     if prompt is None:
-        raise UserError(f"{where}: no problem; put text or messages into 'problem', 'question' or 'prompt' ({found})")
+        raise UserError(f"{where}: no problem; put text or messages into 'problem', 'question' or 'prompt'; {found}")
     answer = next((row[name] for name in ("answer", "final_answer") if row.get(name) not in (None, "")), None)
     if answer is None and isinstance(row.get("solution"), str):
         answer = last_boxed(row["solution"])
-    if type(answer) not in (str, int, float) or not str(answer).strip():
-        raise UserError(f"{where}: no gold answer; put it into 'answer', 'final_answer' or a boxed 'solution' ({found})")
+    if answer is None and not labels:
+        answer = ""
+    elif type(answer) not in (str, int, float) or not str(answer).strip():
+        raise UserError(f"{where}: no gold answer; put it into 'answer', 'final_answer' or a boxed 'solution'; {found}")
     return Problem(prompt, str(answer).strip(), where)
 
 
-def load_problems(source, split="train", limit=0, system_prompt=""):
+def load_problems(source, split="train", limit=0, system_prompt="", labels=True):
     """Problems of `source` as a list.
 
     source: 'arithmetic'; a .jsonl file; hf://datasets/OWNER/NAME/FILE.jsonl; or a hub data set (needs `datasets`).
     limit: the first so many; 0 for all (arithmetic: 4096). system_prompt: goes before every problem that has none.
+    labels=False lets rows without answer through: theirs is '', which no completion matches.
     Raises UserError for a source that is missing, empty or malformed, and for rows without problem or answer.
     """
     if source == "arithmetic":
         problems = arithmetic(split, limit or 4096)
     else:
-        problems = [problem_from_row(where, row) for where, row in read_rows(source, split)][: limit or None]
-        unparsable = [p.where for p in problems if not parsed_answer(p.answer)]
+        problems = [problem_from_row(where, row, labels) for where, row in read_rows(source, split)][: limit or None]
+        unparsable = [p.where for p in problems if p.answer and not parsed_answer(p.answer)]
         if unparsable:
             print(f"{len(unparsable)} gold answers compare as text only: {', '.join(unparsable[:9])}", file=sys.stderr)
     if not problems:
@@ -250,8 +255,8 @@ def load_problems(source, split="train", limit=0, system_prompt=""):
 def encode(tokenizer, prompt, chat_template_kwargs=None):
     """Prompt (text, chat messages, or token ids, which pass through) -> list of token ids with at most one BOS.
 
-    One tokenization, straight from the chat template: rendering to text first would add a second BOS. A tokenizer without
-    template gets the plain contents, paragraph by paragraph, with its own special tokens.
+    One tokenization, straight from the chat template: rendering to text first would add a second BOS. A tokenizer
+    without template gets the plain contents, paragraph by paragraph, with its own special tokens.
     """
     if not isinstance(prompt, str) and isinstance(prompt[0], int):
         return list(prompt)
@@ -267,7 +272,7 @@ def encode(tokenizer, prompt, chat_template_kwargs=None):
 
 
 def tokenize_problems(tokenizer, problems, max_prompt_length, chat_template_kwargs=None):
-    """Set `ids` of every problem; drop and list those longer than max_prompt_length. Raises UserError if none is left."""
+    """Set `ids` of every problem; drop and list those over max_prompt_length. Raises UserError if none is left."""
     for p in problems:
         p.ids = encode(tokenizer, p.prompt, chat_template_kwargs)
     kept = [p for p in problems if len(p.ids) <= max_prompt_length]
@@ -285,7 +290,7 @@ def tokenize_problems(tokenizer, problems, max_prompt_length, chat_template_kwar
 
 
 def last_boxed(text):
-    """Content of the last complete \\boxed{...} in text, or None. One pass with a stack: hostile text costs linear time."""
+    """Content of the last complete \\boxed{...}, or None. One pass with a stack: hostile text costs linear time."""
     stack, content = [], None
     for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         if match.group() == "}":
@@ -303,8 +308,8 @@ def alarm_seconds():
 
 @functools.lru_cache(maxsize=2**16)
 def parsed_answer(answer):
-    """math-verify's reading of an answer: a list of candidates, empty if there is none. The box is what it trusts most: bare
-    LaTeX such as \\dfrac{9}{7} would parse to nothing."""
+    """math-verify's reading of an answer: a list of candidates, empty if there is none. The box is what it trusts most:
+    bare LaTeX such as \\dfrac{9}{7} would parse to nothing."""
     return math_parse(f"\\boxed{{{answer}}}", parsing_timeout=alarm_seconds())
 
 
@@ -325,7 +330,8 @@ def grade(texts, problems, finished=None):
     rewards = []
     for i, (text, problem) in enumerate(zip(texts, problems, strict=True)):
         answer = last_boxed(text) if finished is None or finished[i] else None
-        rewards.append(float(answer is not None and len(answer) <= 2000 and same_answer(problem.answer, answer)))
+        gradable = answer and problem.answer and len(answer) <= 2000
+        rewards.append(float(bool(gradable) and same_answer(problem.answer, answer)))
     return rewards
 
 
@@ -353,34 +359,21 @@ def load_model(path, device="auto", dtype="auto"):
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), use_safetensors=True)
         model.to(device)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); pass a model folder or reachable hub id")
+        raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); pass a model folder or a hub id")
     backbone_of(model)
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
-        # save_pretrained refuses such a configuration (top_p beside do_sample=False, say): better now than after training.
-        # Nothing here samples by it; only its end tokens are read.
-        plain = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(**plain)
+        # save_pretrained refuses such a configuration (top_p beside do_sample=False, say): better now than after
+        # training. Nothing here samples by it; only its end tokens are read.
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.eval(), tokenizer
 
 
 def end_token_ids(model, tokenizer):
-    """Every token that ends an answer: the union of generation_config's (one or a list) and the tokenizer's. Sorted list."""
+    """Sorted list of every token that ends an answer: generation_config's (one or a list) and the tokenizer's."""
     ids = model.generation_config.eos_token_id
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
-
-
-@contextlib.contextmanager
-def evaluation_mode(model):
-    """Evaluation mode for the block, then as before. In training mode with gradient checkpointing, transformers silently
-    drops the key-value cache and samples garbage."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,10 +382,10 @@ def evaluation_mode(model):
 
 
 def backbone_of(model):
-    """The decoder below the head: its `layers` (blocks), `norm` (final), `embed_tokens`. Raises UserError naming the class."""
+    """The decoder below the head, with `layers` (blocks) and `norm` (final). Raises UserError naming the class."""
     backbone = getattr(model, "model", None)
     if not all(hasattr(backbone, name) for name in ("layers", "norm", "embed_tokens")):
-        raise UserError(f"{type(model).__name__}: no model.layers and model.norm; use a Qwen2-, Qwen3- or Llama-like model")
+        raise UserError(f"{type(model).__name__}: no model.layers and model.norm; use a Qwen or Llama-like model")
     return backbone
 
 
@@ -403,9 +396,9 @@ def position_ids(attention_mask):
 
 @contextlib.contextmanager
 def early_exit(backbone, layer, norm):
-    """The backbone cut after block `layer`, with or without its final norm, for one forward pass. Weights are untouched.
+    """The backbone cut after block `layer`, with or without its final norm, for one forward pass. Weights stay.
 
-    Nothing above the cut runs, is stored, is recomputed under gradient checkpointing or gets a gradient: .grad stays None.
+    Nothing above the cut runs, is stored, is recomputed under gradient checkpointing or gets a gradient (grad None).
     """
     layers, final_norm = backbone.layers, backbone.norm
     backbone.layers, backbone.norm = layers[: layer + 1], final_norm if norm else torch.nn.Identity()
@@ -418,10 +411,10 @@ def early_exit(backbone, layer, norm):
 def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
     """The residual stream that a policy reads -> [B, T, D].
 
-    layer=None: after the last block and the final norm, what the head reads. layer=k, 0-based: the raw stream after block k
-    (the BuPO paper's layer k + 1), running blocks 0..k only; norm=True applies the final norm to it, the usual logit lens.
-    So layer=L-1 with norm=True equals layer=None, and layer=k equals transformers' output_hidden_states[k + 1] for every
-    k < L-1 (its last entry is already normed). Raises UserError for a layer the model does not have.
+    layer=None: after the last block and the final norm, what the head reads. layer=k, 0-based: the raw stream after
+    block k (the BuPO paper's layer k + 1), running blocks 0..k only; norm=True applies the final norm to it, the usual
+    logit lens. So layer=L-1 with norm=True equals layer=None, and layer=k equals transformers' output_hidden_states of
+    index k + 1 for every k < L-1 (its last entry is already normed). Raises UserError for a layer that is not there.
     """
     backbone = backbone_of(model)
     inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
@@ -434,8 +427,8 @@ def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
 
 
 class HeadProduct(torch.autograd.Function):
-    """hidden [N, D] x weight [V, D] -> fp32 logits [N, V] from bf16 inputs, on CUDA. A bf16 result would round every log-prob
-    to about 0.03 nats; an fp32 product would cost more than all the blocks of phase one."""
+    """hidden [N, D] x weight [V, D] -> fp32 logits [N, V] from bf16 inputs, on CUDA. A bf16 result would round every
+    log-prob to about 0.03 nats; an fp32 product would cost more than all the blocks of phase one."""
 
     @staticmethod
     def forward(ctx, hidden, weight):
@@ -464,9 +457,9 @@ CHUNK_LOGITS = 2**26  # logits alive at once in token_logps: 256 MiB in fp32
 def token_logps(model, hidden, targets, temperature=1.0):
     """Log-prob of every target and entropy of every distribution, fp32 nats, differentiable in both.
 
-    hidden [B, T, D], targets [B, T] -> (logps [B, T], entropy [B, T]). Never shifts: hidden[:, t] predicts targets[:, t];
-    callers pass hidden[:, :-1] and ids[:, 1:]. The distribution is softmax(logits / temperature), the one that was sampled
-    from. Head and log-softmax run in chunks that the backward pass recomputes: no [B, T, V] tensor is ever kept.
+    hidden [B, T, D], targets [B, T] -> (logps [B, T], entropy [B, T]). Never shifts: column t of hidden predicts column
+    t of targets; callers pass hidden[:, :-1] and ids[:, 1:]. The distribution is softmax(logits / temperature), the one
+    that was sampled from. Head and log-softmax run in chunks that the backward pass recomputes: no [B, T, V] is kept.
     """
 
     def chunk(hidden, targets):
@@ -483,8 +476,8 @@ def token_logps(model, hidden, targets, temperature=1.0):
 def completion_logps(model, rollouts, rows, temperature, layer=None, norm=False):
     """Log-probs and entropies of the completion tokens of some rows, under the whole policy or that of block `layer`.
 
-    rows: n indices into the batch -> (logps [n, T], entropy [n, T]), aligned with rollouts.ids[rows], 0 outside the mask.
-    The rows are cut to their longest, and only the positions that predict a completion token meet the head.
+    rows: n indices into the batch -> (logps [n, T], entropy [n, T]), aligned with rollouts.ids[rows], 0 outside the
+    mask. The rows are cut to their longest, and only the positions that predict a completion token meet the head.
     """
     longest = int(rollouts.attention_mask[rows].sum(1).max())
     ids, attention_mask = rollouts.ids[rows, :longest], rollouts.attention_mask[rows, :longest]
@@ -532,20 +525,21 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     """n completions per prompt from the policy itself -> Rollouts with B = len(prompts) * n rows, prompt-major.
 
     prompts: texts, chat messages or token ids. temperature 0 is greedy (its log-probs are those at temperature 1).
-    The distribution is softmax(logits / temperature) over the whole vocabulary: no top-k, top-p, min-p or penalty, whatever
-    the model's generation_config says, because the loss differentiates this distribution and no other. Rows run in waves
-    of at most max_rollout_tokens tokens. The same seed gives the same samples.
+    The distribution is softmax(logits / temperature) over the whole vocabulary: no top-k, top-p, min-p or penalty,
+    whatever the model's generation_config says, because the loss differentiates this distribution and no other. Rows
+    run in waves of at most max_rollout_tokens tokens. The same seed gives the same samples.
     """
     prompts = [encode(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
     generator = torch.Generator(model.device).manual_seed(seed)
     rows = [p for p in range(len(prompts)) for _ in range(n)]  # the prompt of every row
     wave = max(1, max_rollout_tokens // (max(map(len, prompts)) + max_completion_length))
     stop = end_token_ids(model, tokenizer)
-    with evaluation_mode(model):
-        waves = [
-            sample_wave(model, prompts, rows[i : i + wave], max_completion_length, temperature, stop, generator)
-            for i in range(0, len(rows), wave)
-        ]
+    starts, training, settings = range(0, len(rows), wave), model.training, (temperature, stop, generator)
+    model.eval()  # with gradient checkpointing, a model in training mode silently drops its cache and samples garbage
+    try:
+        waves = [sample_wave(model, prompts, rows[i : i + wave], max_completion_length, *settings) for i in starts]
+    finally:
+        model.train(training)
     completions = [completion for wave in waves for completion in wave[0]]
     rollouts = assemble([prompts[p] for p in rows], completions, tokenizer.pad_token_id, model.device)
     tokens = rollouts.mask.bool()  # in row-major order these are the tokens of row 0, row 1, ...
@@ -574,7 +568,7 @@ def sample_wave(model, prompts, rows, max_completion_length, temperature, stop, 
     # Left padding puts every prompt's last token into the last column, which predicts the first completion token.
     padding = [max(map(len, unique)) - len(prompt) for prompt in unique]
     ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, unique)], device=device)
-    attention_mask = torch.tensor([[0] * pad + [1] * len(prompt) for pad, prompt in zip(padding, unique)], device=device)
+    attention_mask = torch.tensor([[0] * pad + [1] * len(p) for pad, p in zip(padding, unique)], device=device)
     hidden = forward(ids, attention_mask)[owner]
     attention_mask = attention_mask[owner]
     cache.batch_select_indices(owner)
@@ -623,10 +617,10 @@ def micro_batches(rollouts, rows, budget):
 class Optimizer:
     """AdamW (0.9, 0.999) on fp32 master weights, whatever the dtype of the model.
 
-    A bf16 weight keeps 8 bits: an update of 1e-6 on a weight of 0.02 rounds to nothing. So moments and a master copy are
-    fp32, beside the weights or on --optimizer_device, and the model gets the rounded master after each step; a model that
-    is fp32 there already is its own master. Parameters are updated one by one, so that one fp32 gradient exists at a time;
-    those whose grad is None are not touched at all: no decay, no moments.
+    A bf16 weight keeps 8 bits: an update of 1e-6 on a weight of 0.02 rounds to nothing. So moments and a master copy
+    are fp32, beside the weights or on --optimizer_device, and the model gets the rounded master after each step; a
+    model that is fp32 there already is its own master. Parameters are updated one by one, so that one fp32 gradient
+    exists at a time; those whose grad is None are not touched at all: no decay, no moments.
     """
 
     def __init__(self, model, args):
@@ -636,12 +630,12 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             master = parameter.detach().to(args.optimizer_device or parameter.device, torch.float32)
             self.masters[name] = parameter if master.data_ptr() == parameter.data_ptr() else master
-            adam = torch.optim.AdamW([self.masters[name]], args.learning_rate, weight_decay=args.weight_decay, fused=True)
-            self.adam[name] = adam
+            options = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+            self.adam[name] = torch.optim.AdamW([self.masters[name]], **options)
 
     def step(self, learning_rate=None):
-        """Clip, update, clear the gradients -> gradient norm before clipping. A non-finite gradient updates nothing and is
-        returned as it is; ten in a row raise UserError."""
+        """Clip, update, clear the gradients -> gradient norm before clipping. A non-finite gradient updates nothing and
+        is returned as it is; ten in a row raise UserError."""
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads.values()]
         norm = float(torch.linalg.vector_norm(torch.stack(norms)))
@@ -691,8 +685,8 @@ def grade_rollouts(rollouts, problems):
 def evaluate(model, tokenizer, problems, n, temperature=1.0, max_completion_length=8192, **sampling):
     """Sample n answers per problem and score them; sampling: further arguments of `sample`.
 
-    -> dict: accuracy (mean over all answers, avg@n), response_length (tokens), entropy (nats per token), truncated_share,
-    rewards [P, n], and the rollouts themselves.
+    -> dict: accuracy (mean over all answers, avg@n), response_length (tokens), entropy (nats per token),
+    truncated_share, rewards [P, n], and the rollouts themselves.
     """
     prompts = [problem.ids or problem.prompt for problem in problems]
     rollouts = sample(model, tokenizer, prompts, n, max_completion_length, temperature, **sampling)
@@ -701,7 +695,7 @@ def evaluate(model, tokenizer, problems, n, temperature=1.0, max_completion_leng
 
 
 def summary(rollouts, rewards):
-    """The figures of a batch of answers that training steps and evaluations both log. rewards [P, G] -> dict of floats."""
+    """What training steps and evaluations both log of a batch of answers. rewards [P, G] -> dict of floats."""
     return dict(
         accuracy=float((rewards == 1).float().mean()),
         response_length=float(rollouts.lengths.float().mean()),
@@ -711,8 +705,8 @@ def summary(rollouts, rewards):
 
 
 def logp_gap(rollouts, logps, rows):
-    """Mean and largest distance, in nats, between the sampler's and the training path's log-probs over some rows' completion
-    tokens. What is sampled must be what is trained, so only rounding may remain. None without rows."""
+    """Mean and largest distance, in nats, between the sampler's and the training path's log-probs over some rows'
+    completion tokens. What is sampled must be what is trained, so only rounding may remain. None without rows."""
     mask = rollouts.mask[list(rows)]
     gap = (logps - rollouts.logps)[list(rows)].abs() * mask
     return dict(logp_gap=masked_mean(gap, mask), logp_gap_max=float(gap.max())) if rows else dict(logp_gap=None)
@@ -741,14 +735,12 @@ RESUMABLE = ("max_steps", "save_", "eval_", "report_to", "micro_batch_tokens", "
 class Run:
     """One training run in --output_dir: data order, clock, logs, evaluations, checkpoints, resume.
 
-    A script's main: run = Run(args); model, tokenizer, optimizer = run.load(); for step, problems in run.steps(): train,
-    run.log(...), run.save(step); and run.finish(). Nothing is written before the first step.
+    A script's main: run = Run(args); model, tokenizer, optimizer = run.load(); for step, problems in run.steps():
+    train, run.log(...), run.save(step); and run.finish(). Nothing is written before the first step.
     """
 
     def __init__(self, args):
-        self.args, self.folder, self.stop_signal, self.start = args, Path(args.output_dir), None, 0
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--output_dir {self.folder}: is a file; pass a folder")
+        self.args, self.folder, self.stop_signal, self.warned = args, Path(args.output_dir), None, set()
         if self.folder.is_dir() and Path(args.model).is_dir() and self.folder.samefile(args.model):
             raise UserError(f"--output_dir {self.folder}: is --model too; pass another folder")
         if step_of(self.folder) >= args.max_steps and not args.overwrite:
@@ -759,10 +751,8 @@ class Run:
         before = json.loads((self.folder / "args.json").read_text()) if self.start else {}
         for name, value in vars(args).items():
             if self.start and before.get(name) != value and not name.startswith(RESUMABLE):
-                raise UserError(
-                    f"--{name} {value!r}: the unfinished run in {self.folder} has {before.get(name)!r}; "
-                    "repeat its command to resume it, --overwrite it, or choose another --output_dir"
-                )
+                remedy = "repeat its command to resume it, --overwrite it, or take another --output_dir"
+                raise UserError(f"--{name} {value!r}: the run in {self.folder} has {before.get(name)!r}; {remedy}")
 
     def load(self, problems=None):
         """(model, tokenizer, optimizer) from the newest whole checkpoint, else from --model; training problems (those
@@ -771,12 +761,12 @@ class Run:
         path = self.checkpoint if self.start else args.model
         self.model, self.tokenizer = load_model(str(path), args.device, args.dtype)
         limits = args.max_prompt_length, json.loads(args.chat_template_kwargs)
-        self.problems = problems or load_problems(args.data, "train", 0, args.system_prompt)
-        self.problems = tokenize_problems(self.tokenizer, self.problems, *limits)
+        problems = problems or load_problems(args.data, "train", 0, args.system_prompt)
+        self.problems = tokenize_problems(self.tokenizer, problems, *limits)
         self.eval_problems, eval_data = [], args.eval_data or ("arithmetic" if args.data == "arithmetic" else "")
         if eval_data and args.eval_steps:
-            self.eval_problems = load_problems(eval_data, "test", args.eval_problems, args.system_prompt)
-            self.eval_problems = tokenize_problems(self.tokenizer, self.eval_problems, *limits)
+            problems = load_problems(eval_data, "test", args.eval_problems, args.system_prompt)
+            self.eval_problems = tokenize_problems(self.tokenizer, problems, *limits)
         if args.num_prompts > len(self.problems):
             raise UserError(f"--num_prompts {args.num_prompts}: {args.data} has only {len(self.problems)}; lower it")
         print(f"first prompt: {self.tokenizer.decode(self.problems[0].ids)!r}, tokens {self.problems[0].ids}"[:1000])
@@ -793,15 +783,17 @@ class Run:
         self.report = reporter(args)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob("checkpoint-*") if not self.start else ():
+            for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob("best")) if not self.start else ():
                 shutil.rmtree(path)
             (self.folder / "trainer_state.json").unlink(missing_ok=True)
             write_json(self.folder / "args.json", vars(args))
-            for name in ("metrics.jsonl", "completions.jsonl"):
-                cut_back(self.folder / name, self.start)
+            for log in (self.folder / "metrics.jsonl", self.folder / "completions.jsonl"):
+                records = read_log(log, self.start) if self.start else []
+                log.unlink(missing_ok=True)
+                append_jsonl(log, records)
         except OSError as error:
             raise UserError(f"--output_dir {self.folder}: cannot be written ({error.strerror}); pass another folder")
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # outside the main thread signals stay as they are
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
         if not self.start:
@@ -812,6 +804,9 @@ class Run:
             self.stages, self.mark = {}, time.perf_counter()
             yield step, self.batch(step)
         self.bar.close()
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def interrupt(self, number, frame):
         """First SIGINT or SIGTERM: let the step finish (`save` then stops the run). Second: stop at once."""
@@ -819,6 +814,12 @@ class Run:
             sys.exit(128 + number)
         self.stop_signal = number
         print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+    def warn(self, text):
+        """Show a warning above the bar, once."""
+        if text not in self.warned:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+        self.warned.add(text)
 
     def batch(self, step):
         """The problems of a step: consecutive blocks of a permutation that depends on seed and epoch only, so that
@@ -855,8 +856,8 @@ class Run:
             p, g = divmod(i, rewards.shape[1])
             prompt = problems[p].prompt if isinstance(problems[p].prompt, str) else problems[p].prompt[-1]["content"]
             answer = dict(step=step, problem=prompt, text=text, answer=last_boxed(text), gold=problems[p].answer)
-            answer |= dict(reward=rewards[p, g].item(), advantage=None if advantages is None else advantages[p, g].item())
-            answers.append(answer | dict(length=int(lengths[i]), finished=bool(rollouts.finished[i])))
+            answer |= dict(reward=rewards[p, g].item(), length=int(lengths[i]), finished=bool(rollouts.finished[i]))
+            answers.append(answer | dict(advantage=None if advantages is None else advantages[p, g].item()))
         append_jsonl(self.folder / "completions.jsonl", answers)
         metrics = dict(
             reward=rewards.mean().item(),
@@ -866,6 +867,8 @@ class Run:
             zero_variance_share=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
             **metrics,
         )
+        if (metrics.get("logp_gap") or 0.0) > LOGP_GAP_TOLERANCE:
+            self.warn("sampling and training log-probs are far apart, see logp_gap: try --dtype float32")
         self.lap("bookkeeping")
         metrics["tokens_per_second"] = lengths.sum().item() / sum(self.stages.values())
         self.record(step, metrics, ("reward", "accuracy", "response_length", "entropy"))
@@ -886,10 +889,7 @@ class Run:
         record = dict(step=step, **figures, eval_greedy_accuracy=greedy, kl_to_start=kl)
         append_jsonl(self.folder / "metrics.jsonl", [record])
         self.report(record, step=step)
-        tqdm.write(
-            f"step {step:4d}: held-out accuracy {sampled['accuracy']:.3f} sampled, {greedy:.3f} greedy; "
-            f"length {sampled['response_length']:.1f}, entropy {sampled['entropy']:.3f}, KL to start {kl:.4f}"
-        )
+        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in record.items()))
 
     def save(self, step):
         """End a step: evaluate and checkpoint where due. After a signal: checkpoint, say how to resume, exit."""
@@ -897,8 +897,7 @@ class Run:
         if args.eval_steps and (last or step % args.eval_steps == 0):
             self.evaluate(step)
         if self.stop_signal or (args.save_steps and step % args.save_steps == 0 and not last):
-            self.write_model(self.folder / f"checkpoint-{step}.tmp", step)
-            os.rename(self.folder / f"checkpoint-{step}.tmp", self.folder / f"checkpoint-{step}")  # whole or not at all
+            self.write_model(self.folder / f"checkpoint-{step}", step)
             whole = sorted((p for p in self.folder.glob("checkpoint-*") if step_of(p)), key=step_of)
             for path in whole[: -args.save_total_limit] if args.save_total_limit else ():
                 shutil.rmtree(path)
@@ -908,28 +907,32 @@ class Run:
             sys.exit(128 + self.stop_signal)
 
     def write_model(self, folder, step):
-        """A `from_pretrained` folder with tokenizer, optimizer and the step it was written after, forced to disk."""
-        shutil.rmtree(folder, ignore_errors=True)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        write_json(folder / "trainer_state.json", {"step": step})
-        for path in folder.iterdir():
+        """A `from_pretrained` folder with tokenizer, optimizer and the step after which it was written: whole or not at
+        all, since it gets its name only when everything is on the disk."""
+        temporary = folder.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.model.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
+        write_json(temporary / "trainer_state.json", {"step": step})
+        for path in temporary.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
 
     def finish(self):
         """Model, tokenizer and optimizer into the run folder itself, then the curves."""
-        self.write_model(self.folder / "final.tmp", self.args.max_steps)
-        for path in sorted((self.folder / "final.tmp").iterdir()):  # trainer_state.json marks a finished run: last
+        self.write_model(self.folder / "final", self.args.max_steps)
+        for path in sorted((self.folder / "final").iterdir()):  # trainer_state.json marks a finished run: it moves last
             os.replace(path, self.folder / path.name)
-        (self.folder / "final.tmp").rmdir()
+        (self.folder / "final").rmdir()
         draw_curves(self.folder)
         print(f"{self.folder}: model, metrics.jsonl, completions.jsonl, curves.png")
 
 
 def step_seed(*parts):
-    """A seed that depends on all of `parts` (run seed and step, say), so that resuming needs no stored generator state."""
+    """A seed made of all `parts` (run seed and step, say), so that resuming needs no stored generator state."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
@@ -944,14 +947,13 @@ def append_jsonl(path, records):
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def cut_back(path, step):
-    """Keep the lines of a JSONL log up to a step; a last line cut off by a kill goes, too."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.is_file() else ():
+def read_log(path, step=math.inf):
+    """The records of a JSONL log up to a step, as a list; [] without the file. A line cut off by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
         with contextlib.suppress(ValueError):
-            kept += [line] if json.loads(line)["step"] <= step else []
-    path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+            records.append(json.loads(line))
+    return [record for record in records if record["step"] <= step]
 
 
 def write_json(path, value):
@@ -982,10 +984,10 @@ def draw_curves(folder):
     """curves.png from metrics.jsonl: accuracy, entropy, length and KL against steps; the internal phase is shaded."""
     import matplotlib.pyplot as plt
 
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = read_log(folder / "metrics.jsonl")
     internal = [r["step"] for r in records if r.get("phase") == "internal"]
     panels = {
-        "accuracy": {"accuracy": "training batch", "eval_accuracy": "held out", "eval_greedy_accuracy": "held out, greedy"},
+        "accuracy": {"accuracy": "training batch", "eval_accuracy": "held out", "eval_greedy_accuracy": "greedy"},
         "entropy (nats per token)": {"entropy": "sampled policy", "": "", "trained_entropy": "trained policy"},
         "response length (tokens)": {"response_length": "training batch", "eval_response_length": "held out"},
         "KL to the starting model (nats per token)": {"": "", "kl_to_start": "held out"},

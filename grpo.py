@@ -1,4 +1,5 @@
-"""GRPO: group relative policy optimization (https://arxiv.org/abs/2402.03300, section 4.1), the trunk of this repository.
+"""GRPO: group relative policy optimization (https://arxiv.org/abs/2402.03300, section 4.1), the trunk of this
+repository.
 
 Objective, a mean over all completion tokens of a mini-batch:
     r = pi(o_t) / pi_old(o_t)                                 probability ratio of a sampled token
@@ -7,8 +8,8 @@ Objective, a mean over all completion tokens of a mini-batch:
 
 Every other algorithm is written to be diffed against this file: `diff -w grpo.py bupo.py`.
 
-Left out: the paper's mean per sequence (1/|o|), which favours short right and long wrong answers; all tokens count alike.
-KL to a reference is off (beta 0), as in the papers this repository follows.
+Left out: the paper's mean per sequence (1/|o|), which favours short right and long wrong answers; all tokens count
+alike. KL to a reference is off (beta 0), as in the papers this repository follows.
 
     python grpo.py                                           # embedded model, no GPU, no network: minutes
     python grpo.py --num_minibatches 1 --output_dir runs/grpo_on_policy
@@ -33,6 +34,7 @@ EMBEDDED = dict(
     num_minibatches=1,
     learning_rate=1e-4,
     max_completion_length=64,
+    micro_batch_tokens=2048,
     gradient_checkpointing=False,
     save_total_limit=0,
     save_steps=20,
@@ -72,7 +74,7 @@ def advantages(rewards, lengths, estimator="group_normalised"):
         A = centred
     elif estimator == "leave_one_out":  # RLOO: the mean of the others as baseline, which keeps the gradient unbiased
         A = centred * rewards.shape[1] / (rewards.shape[1] - 1)
-    else:  # batch_whitened, REINFORCE++: every token carries its sequence's reward, whitened over all tokens of the batch
+    else:  # batch_whitened, REINFORCE++: each token carries its sequence's reward, whitened over all the tokens
         equal = (rewards.max() == rewards.min()).expand_as(rewards)
         mean = (rewards * lengths).sum() / lengths.sum()
         var = (lengths * (rewards - mean) ** 2).sum() / (lengths.sum() - 1)
@@ -83,7 +85,8 @@ def advantages(rewards, lengths, estimator="group_normalised"):
 def loss(logps, old_logps, advantages, mask, args, ref_logps=None):
     """Clipped surrogate, summed over tokens; main divides by the token count of the whole mini-batch.
 
-    logps, old_logps, ref_logps, mask: [B, T]; advantages: [B, 1] or [B, T]. Reads args.epsilon, epsilon_high, delta, beta.
+    logps, old_logps, ref_logps, mask: [B, T]; advantages: [B, 1] or [B, T]. Reads args.epsilon, epsilon_high, delta,
+    beta.
     -> (scalar, metrics: sums over tokens).
     """
     # The clamp keeps exp finite: log-probs of an unconverged policy can be a hundred nats apart.
@@ -110,13 +113,11 @@ def main(args):
     if args.num_generations < 2 and args.advantage != "batch_whitened":
         raise common.UserError(f"--num_generations {args.num_generations}: a group baseline needs at least 2")
     if args.num_prompts % args.num_minibatches:
-        raise common.UserError(
-            f"--num_minibatches {args.num_minibatches}: must divide --num_prompts {args.num_prompts}"
-        )
-    if args.model == "embedded" and not common.EMBEDDED_MODEL.exists():
+        raise common.UserError(f"--num_minibatches {args.num_minibatches}: must divide --num_prompts")
+    if args.model == "embedded":
         import sft
 
-        sft.main(sft.Args())
+        sft.ensure_embedded()
     run = common.Run(args)
     model, tokenizer, optimizer = run.load()
     reference = common.load_model(args.model, args.device, args.dtype)[0] if args.beta > 0 else None
@@ -139,11 +140,12 @@ def main(args):
         A_rows = A.view(-1, 1).to(model.device)  # [B, 1], the same for every token of a completion
         run.lap("grading")
 
-        # 2. Old log-probs, from the training path and before the first update: the sampler's differ by rounding, and the
-        # ratio must start at exactly 1. With one mini-batch they are those of the update pass itself.
+        # 2. Old log-probs, from the training path and before the first update: the sampler's differ by rounding, and
+        # the ratio must start at exactly 1. With one mini-batch they are those of the update pass itself.
         old_logps = torch.zeros_like(rollouts.logps)
         # A completion with advantage 0 has no gradient unless it is held to a reference: it is skipped, but counted.
-        live = [row for row in range(len(A_rows)) if A_rows[row] != 0 or args.beta > 0]
+        live = [row for row, a in enumerate(A.flatten().tolist()) if a != 0 or args.beta > 0]
+        model.train()
         if args.num_minibatches > 1:
             for rows in common.micro_batches(rollouts, live, args.micro_batch_tokens):
                 with torch.no_grad():
@@ -151,7 +153,6 @@ def main(args):
         run.lap("old_logps")
 
         # 3. One optimizer step per mini-batch of whole groups.
-        model.train()
         sums, grad_norms = Counter(), []
         for minibatch in torch.arange(len(A_rows)).chunk(args.num_minibatches):
             tokens = rollouts.mask[minibatch].sum()  # the normaliser, known before the first backward

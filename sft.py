@@ -3,10 +3,11 @@
 Objective, a mean over all completion tokens of a batch:
     L = -log pi(o_t | prompt, o_<t)
 
-The embedded task is a chain of three additions and subtractions. Its teacher is imperfect on purpose, in two ways: it works
-step by step in 60% of its examples and guesses at once in 40% (right 3 times in 10); and it slips in 15% of its steps. A
-model that imitates it has a mode that is better than its samples: a better behaviour is there to be amplified. That is what
-the reinforcement learning of grpo.py, bupo.py and opo.py finds, and what the entropy minimization of em.py bets on.
+The embedded task is a chain of three additions and subtractions. Its teacher is imperfect on purpose, in two ways: it
+works step by step in 60% of its examples and guesses at once in 40% (right 3 times in 10); and it slips in 15% of its
+steps. A model that imitates it has a mode that is better than its samples: a better behaviour is there to be amplified.
+That is what the reinforcement learning of grpo.py, bupo.py and opo.py finds, and what the entropy minimization of em.py
+bets on.
 
 A data row holds 'prompt' (or 'problem', 'question') and 'response', or 'messages' that end with the assistant's answer.
 
@@ -31,12 +32,12 @@ from common import option
 EMBEDDED = dict(
     output_dir=str(common.EMBEDDED_MODEL),
     system_prompt="",
-    max_steps=500,
-    num_prompts=128,
+    max_steps=1200,
+    num_prompts=32,
     learning_rate=5e-3,
     micro_batch_tokens=1024,
     gradient_checkpointing=False,
-    save_steps=100,
+    save_steps=300,
     save_total_limit=1,
     eval_steps=0,
 )
@@ -63,7 +64,8 @@ class Trajectory(common.Problem):
 
 
 def embedded_tokenizer():
-    """One token per printable ASCII character, one for '\\boxed{', and the marks of a chat: any English text goes through."""
+    """One token per printable ASCII character, one for '\\boxed{', and the marks of a chat: any English text goes
+    through."""
     special = ["<|pad|>", "<|end|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>"]
     words = [*special, "\\boxed{", "\n", *map(chr, range(32, 127))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
@@ -84,7 +86,8 @@ def embedded_tokenizer():
 
 
 def build_embedded(folder, seed=0):
-    """Save a randomly initialised Qwen3 of 0.7 M parameters (6 layers, width 96, tied head) and its tokenizer into folder."""
+    """Save a randomly initialised Qwen3 of 0.7 M parameters (6 layers, width 96, tied head) and its tokenizer into
+    folder."""
     tokenizer = embedded_tokenizer()
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -97,6 +100,7 @@ def build_embedded(folder, seed=0):
         head_dim=16,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
+        initializer_range=0.06,  # 0.02 suits wide models; at width 96 it learns several times slower
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -104,6 +108,13 @@ def build_embedded(folder, seed=0):
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def ensure_embedded():
+    """Build the embedded model, or finish building it, unless it is there."""
+    args = Args(**EMBEDDED)
+    if common.step_of(Path(args.output_dir)) < args.max_steps:
+        main(args)
 
 
 def teach(text, generator):
@@ -148,9 +159,8 @@ def load_trajectories(source):
         if common.is_prompt(row.get("messages")) and row["messages"][-1]["role"] == "assistant":
             prompt, response = row["messages"][:-1], row["messages"][-1]["content"]
         if not common.is_prompt(prompt) or not isinstance(response, str) or not response:
-            raise common.UserError(
-                f"{where}: no trajectory; expected 'prompt' and 'response', or 'messages' ending with the assistant's, found fields {sorted(row)}"
-            )
+            found = f"found fields {', '.join(map(str, row)) or 'none'}"[:300]
+            raise common.UserError(f"{where}: no trajectory; expected 'prompt' and 'response', or 'messages'; {found}")
         trajectories.append(Trajectory(prompt, "", where, response=response))
     if not trajectories:
         raise common.UserError(f"{source}: holds no trajectory; every line must hold one JSON object")
@@ -158,7 +168,8 @@ def load_trajectories(source):
 
 
 def collate(tokenizer, trajectories, seed, device):
-    """Trajectories -> Rollouts (ids, masks) whose completions end with the tokenizer's end token, which is trained too."""
+    """Trajectories -> Rollouts (ids, masks) whose completions end with the tokenizer's end token, which is trained too.
+    """
     completions = []
     for i, t in enumerate(trajectories):
         text = t.response or teach(t.prompt, random.Random(f"{seed}-{i}"))
@@ -174,7 +185,7 @@ def loss(logps, mask):
 def main(args):
     if args.model == "embedded":
         start = Path(args.output_dir) / "start"  # the untrained model: the same road as any model folder from here on
-        if not start.exists():
+        if args.overwrite or not start.exists():
             build_embedded(start, args.seed)
         args = dataclasses.replace(args, model=str(start))
     run = common.Run(args)

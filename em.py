@@ -1,0 +1,174 @@
+"""EM: one-shot entropy minimization (https://arxiv.org/abs/2505.20282).
+
+Objective, a mean over the completion tokens that the model itself sampled, for one prompt and about ten steps:
+    p_t = softmax(logits_t / temperature)                     temperature 0.5, in sampling and loss alike
+    L = H(p_t) = -sum_v p_t(v) log p_t(v)                     no reward, no label
+
+The sampled tokens are constants: the gradient flows through the logits only. (The expected entropy has a second
+gradient term, by way of which tokens get sampled; the paper leaves it out, and so does this file.) Nothing in the
+objective knows the answer: it bets that what the model is sure of is right, pays off while that holds, and
+over-confidence follows. So accuracy peaks early, and the best step's model is kept in <output_dir>/best, chosen on
+problems that are neither trained on nor reported.
+
+Against grpo.py:
+- loss: the entropy itself; no advantages, no old log-probs, no clip, no reference; rewards are graded for the log only
+- one prompt for all steps: --prompt_index, or --select N, which samples answers to N candidates and takes the one whose
+  correctness varies most, p (1 - p); --select_by disagreement needs no labels: the chance that two answers differ
+- the best step's model is kept beside the last one
+
+    python em.py                                             # embedded model, no GPU, no network: a minute
+    python em.py --select 64 --output_dir runs/em_selected
+    python em.py --model Qwen/Qwen2.5-Math-7B --data prompt.jsonl --eval_data math500.jsonl --max_completion_length 512
+    python grpo.py --model runs/em --output_dir runs/em_grpo     # EM, then RL
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import common
+from common import option
+
+# Overrides of the defaults below when the embedded model runs.
+EMBEDDED = dict(
+    system_prompt="",
+    learning_rate=1e-4,
+    max_completion_length=64,
+    micro_batch_tokens=2048,
+    gradient_checkpointing=False,
+    save_steps=20,
+)
+
+
+@dataclass
+class Args(common.RunArgs):
+    output_dir: str = option("runs/em", "folder of everything this run writes")
+    max_steps: int = option(10, "steps; each samples a fresh batch")
+    num_prompts: int = option(1, "prompts per step (P); 1: the same one at every step")
+    num_generations: int = option(64, "completions per prompt (G)")
+    learning_rate: float = option(2e-5, "AdamW step size, constant")
+    temperature: float = option(0.5, "of sampling and of the entropy in the loss")
+    eval_steps: int = option(2, "steps between evaluations, and between looks for the best step; 0: none")
+    prompt_index: int = option(0, "which training problem is the one prompt, from 0")
+    select: int = option(0, "choose the prompt among the first so many problems; 0: take --prompt_index")
+    select_by: Literal["variance", "disagreement"] = option("variance", "of correctness, or (label-free) of answers")
+    select_samples: int = option(16, "answers per candidate of --select")
+
+
+def candidates(model, tokenizer, problems, args):
+    """Rank the first args.select problems by how much their sampled answers vary -> list of dicts, best first.
+
+    variance: p (1 - p) of correctness (paper, section 3). disagreement: 1 - sum_a f_a^2, the chance that two answers
+    differ, f_a the share of answer a; it needs no labels. Ties go to the earlier problem.
+    """
+    problems, table = problems[: args.select], []
+    if args.select_by == "variance" and not all(problem.answer for problem in problems):
+        raise common.UserError("--select: a candidate has no answer; use --select_by disagreement, which needs none")
+    n = args.select_samples
+    limits = (args.temperature, args.max_completion_length)
+    sampled = common.evaluate(model, tokenizer, problems, n, *limits, seed=args.seed)
+    for i, problem in enumerate(problems):
+        answers = Counter(common.last_boxed(text) for text in sampled["rollouts"].texts[i * n : (i + 1) * n])
+        p = sampled["rewards"][i].mean().item()
+        scores = {"variance": p * (1 - p), "disagreement": 1 - sum((count / n) ** 2 for count in answers.values())}
+        table.append({"index": i, "problem": problem.where, "accuracy": p, **scores})
+    return sorted(table, key=lambda row: -row[args.select_by])
+
+
+def loss(entropy, mask):
+    """Entropy, summed over tokens; main divides by the batch's token count. entropy, mask: [B, T] -> scalar."""
+    return (entropy * mask).sum()
+
+
+def main(args):
+    if args.model == "embedded":
+        import sft
+
+        sft.ensure_embedded()
+    run = common.Run(args)
+    model, tokenizer, optimizer = run.load(common.load_problems(args.data, "train", 0, args.system_prompt, False))
+    kept = len(run.problems) - min(256, len(run.problems) // 2)
+    run.problems, validation = run.problems[:kept], run.problems[kept:]
+    if max(args.prompt_index, args.select - 1) >= kept:
+        raise common.UserError(f"--prompt_index, --select: {args.data} leaves {kept} problems to choose from")
+    if args.select:
+        saved = run.folder / "candidates.json"
+        table = json.loads(saved.read_text()) if run.start else candidates(model, tokenizer, run.problems, args)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        common.write_json(saved, table)
+        print(*table[:10], sep="\n")
+        run.problems = [run.problems[row["index"]] for row in table[: args.num_prompts]]
+    elif args.num_prompts == 1:
+        run.problems = [run.problems[args.prompt_index]]
+    records = common.read_log(run.folder / "metrics.jsonl", run.start)
+    best = max((record.get("validation_accuracy") or 0.0 for record in records), default=0.0)
+
+    for step, problems in run.steps():
+        # 1. Sample G completions per prompt from the policy itself and grade them.
+        rollouts = common.sample(
+            model,
+            tokenizer,
+            [problem.ids for problem in problems],
+            args.num_generations,
+            args.max_completion_length,
+            args.temperature,
+            args.max_rollout_tokens,
+            seed=common.step_seed(args.seed, step),
+        )
+        run.lap("sampling")
+        rewards = common.grade_rollouts(rollouts, problems)  # [P, G]
+        run.lap("grading")
+
+        # 2. One optimizer step. Log-probs are kept only to be compared with the sampler's.
+        old_logps = torch.zeros_like(rollouts.logps)
+        model.train()
+        sums = Counter()
+        tokens = rollouts.mask.sum()  # the normaliser, known before the first backward
+        for rows in common.micro_batches(rollouts, range(len(rollouts.ids)), args.micro_batch_tokens):
+            mask = rollouts.mask[rows]
+            logps, entropy = common.completion_logps(model, rollouts, rows, args.temperature)
+            old_logps[rows] = logps.detach()
+            run.lap("logps")
+            token_sum = loss(entropy, mask)
+            (token_sum / tokens).backward()
+            sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
+            run.lap("backward")
+        grad_norm = optimizer.step()
+        run.lap("optimizer")
+
+        # 3. Keep the best step's model.
+        validated = None
+        if validation and args.eval_steps and step % args.eval_steps == 0:
+            limits = (args.eval_samples, args.eval_temperature, args.max_completion_length)
+            validated = common.evaluate(model, tokenizer, validation, *limits)["accuracy"]
+            if validated > best:
+                best = validated
+                run.write_model(run.folder / "best", step)
+        run.lap("validation")
+
+        # 4. Log; then evaluate and save where due.
+        trained_tokens = sums.pop("tokens", 0)
+        run.log(
+            step,
+            problems,
+            rollouts,
+            rewards,
+            None,
+            dict(
+                phase="whole",
+                grad_norm=grad_norm,
+                validation_accuracy=validated,
+                **{name: value / trained_tokens for name, value in sums.items()},
+                **common.logp_gap(rollouts, old_logps, range(len(rollouts.ids))),
+            ),
+        )
+        run.save(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main(common.parse(Args, EMBEDDED))

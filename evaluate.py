@@ -1,0 +1,726 @@
+"""Evaluation: how good, how diverse and how far from their start are trained models? One table, a few figures.
+
+Every model answers every held-out problem n times; the answers are kept, and all numbers come from the kept answers.
+    avg@n       mean accuracy of the n answers
+    pass@k      chance that k of the n answers, drawn without replacement, hold a right one; c of n are right:
+                1 - C(n-c, k) / C(n, k), unbiased, as 1 - (1 - c/n)^k is not (https://arxiv.org/abs/2107.03374)
+    maj@k       accuracy of the most frequent of k answers: mean over the n // k consecutive blocks of k (the rest is unused).
+                Ties go to the answer sampled first; an answer that is unfinished or has no box has no vote
+    Self-BLEU   BLEU-4 of an answer against the others to its problem (https://arxiv.org/abs/1802.01886); 1: all the same
+    Rep-5       share of an answer's 5-grams of tokens that it had already used; near 1: it loops
+    entropy     nats per token, of the distribution sampled from
+    KL          to the model the run started from, nats per token: mean of k3 = exp(x) - x - 1, x = logp_start - logp
+Means are over answers, then problems, then data sets (row 'mean'); entropy and KL are over all tokens of a data set. The 95%
+bootstrap intervals of avg, pass and maj redraw problems: they say nothing about other training seeds.
+
+--logit_statistics: mean, standard deviation and skewness of the raw logits; entropy minimization is said to raise the
+skewness, reinforcement learning to lower it (https://arxiv.org/abs/2505.20282).
+--gradient_variance: what a baseline does for the policy gradient's variance, see the function (https://arxiv.org/abs/2505.23585).
+
+    python evaluate.py embedded runs/grpo runs/bupo runs/opo runs/em                # embedded models: a minute each
+    python evaluate.py embedded runs/grpo runs/bupo runs/opo runs/em --rescore      # the same numbers from the kept answers
+    python evaluate.py embedded runs/em runs/grpo --temperatures 0.3 0.6 1.0 --logit_statistics --gradient_variance
+    python evaluate.py Qwen/Qwen3-4B runs/grpo runs/grpo/checkpoint-100 --data math500.jsonl aime24.jsonl
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import typing
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import common
+
+# Options that an evaluation repeats as its run was trained, unless the command line says otherwise.
+REPEATED = ("system_prompt", "chat_template_kwargs", "max_completion_length")
+# Options that mean here what they mean to the training scripts.
+SHARED = (*REPEATED, "max_prompt_length", "max_rollout_tokens", "micro_batch_tokens", "device", "dtype")
+# Overrides of their defaults for an embedded model.
+EMBEDDED = dict(system_prompt="", max_completion_length=64)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: pure functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(n, c, k):
+    """Chance that k of n answers, drawn without replacement, hold one of the c right ones. Raises UserError unless k <= n.
+
+    Exact integers, divided once: nothing overflows, nothing cancels.
+    """
+    if not 1 <= k <= n:
+        raise common.UserError(f"--ks {k}: with {n} samples k is 1 to {n}; lower it or raise --num_samples")
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
+
+
+def group_answers(answers):
+    """For each answer (text or None) the index of the first one equal to it; None for None.
+
+    Verification is slow, and not symmetric: every new text is compared with the first of each group, as the gold answer.
+    """
+    groups = {}  # text -> index of the first of its group
+    for i, answer in enumerate(answers):
+        if answer is not None and answer not in groups:
+            firsts = dict.fromkeys(groups.values())
+            groups[answer] = next((j for j in firsts if common.same_answer(answers[j], answer)), i)
+    return [groups.get(answer) for answer in answers]
+
+
+def maj_at_k(groups, rewards, k):
+    """Mean, over consecutive blocks of k answers, of the reward of the most frequent answer. groups: from `group_answers`.
+
+    Ties go to the first sampled; a block without any answer scores 0.
+    """
+    scores = []
+    for start in range(0, len(groups) - k + 1, k):
+        votes = Counter(group for group in groups[start : start + k] if group is not None)
+        winner = max(votes, key=votes.get, default=None)  # the first of the largest, in the order of first occurrence
+        scores.append(0.0 if winner is None else rewards[groups.index(winner, start)])
+    return sum(scores) / len(scores)
+
+
+def self_bleu(texts):
+    """Mean over texts of BLEU-4 against the others as references, 0 to 1; None for fewer than two texts.
+
+    Tokens are words and single punctuation marks; uniform weights; an order without a match counts 0.1 matches (nltk's
+    method1), a text that shares no word at all scores 0; the brevity penalty looks at the reference closest in length, the
+    shorter of two. Time is linear in the number of texts.
+    """
+    if len(texts) < 2:
+        return None
+    tokens = [re.findall(r"\w+|[^\w\s]", text) for text in texts]
+    log_precision, shares_a_word = [0.0] * len(texts), [True] * len(texts)
+    for order in (1, 2, 3, 4):
+        counts = [Counter(zip(*(words[i:] for i in range(order)))) for words in tokens]
+        largest = defaultdict(lambda: (0, 0))  # n-gram -> its largest and its second largest count in one text
+        for count in counts:
+            for gram, c in count.items():
+                first, second = largest[gram]
+                largest[gram] = max(first, c), max(second, min(first, c))
+        for i, count in enumerate(counts):
+            # Where this text holds the largest count of all, the largest among the OTHERS is the second largest.
+            matches = sum(min(c, largest[gram][c == largest[gram][0]]) for gram, c in count.items())
+            shares_a_word[i] &= order > 1 or matches > 0
+            log_precision[i] += math.log((matches or 0.1) / max(1, sum(count.values()))) / 4
+    scores, lengths = [], [len(words) for words in tokens]
+    for i, length in enumerate(lengths):
+        closest = min((abs(other - length), other) for other in lengths[:i] + lengths[i + 1 :])[1]
+        penalty = min(0.0, 1 - closest / max(1, length))
+        scores.append(math.exp(log_precision[i] + penalty) if shares_a_word[i] else 0.0)
+    return sum(scores) / len(scores)
+
+
+def repetition(token_ids, n=5):
+    """Rep-n: 1 - unique / total n-grams of a list of token ids; 0 below n tokens."""
+    grams = list(zip(*(token_ids[i:] for i in range(n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def bootstrap(groups, seed=0, resamples=2000):
+    """95% percentile interval [low, high] of the mean over data sets of the mean over problems.
+
+    groups: per-problem values, a list per data set; each is redrawn with replacement. The same seed redraws the same problems
+    for every metric and model.
+    """
+    generator, means = torch.Generator().manual_seed(seed), 0.0
+    for group in groups:
+        drawn = torch.randint(len(group), (resamples, len(group)), generator=generator)
+        means = means + torch.tensor(group, dtype=torch.float64)[drawn].mean(1) / len(groups)
+    return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def gradient_variance(squares, rewards, lengths, mean_square):
+    """Variance of the policy gradient of one sampled answer under four baselines -> dict of floats.
+
+    With g = grad log pi(y), the estimate (r - b) g has the variance (the trace of its covariance)
+        V(b) = E |g|^2 (r - b)^2 - |E (r - b) g|^2,
+    taken per prompt over its n answers and averaged over prompts. As E g = 0, the second term is |grad J|^2 whatever b: it
+    is estimated once for all four, so that they differ by what a baseline does and not by noise in the mean. What is left is
+    a parabola in b, lowest at b = E |g|^2 r / E |g|^2, the norm-weighted baseline. OPO's replaces |g|^2 by the length. As in
+    training, b comes from the group itself.
+
+    squares [P, n]: |g|^2; rewards, lengths [P, n]; mean_square [P]: |grad J|^2.
+    """
+
+    def variance(b):  # [P, 1]
+        return float(((squares * (rewards - b) ** 2).mean(1) - mean_square).mean())
+
+    def weighted(weights):
+        return (weights * rewards).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1e-30)
+
+    return {
+        "no baseline": variance(0.0),
+        "mean": variance(rewards.mean(1, keepdim=True)),
+        "length-weighted": variance(weighted(lengths)),
+        "norm-weighted": variance(weighted(squares)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics that need the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+EDGE, BINS = 128.0, 1024  # histogram of the logits: bins of 0.25 over [-128, 128]; the outermost take what lies outside
+
+
+@torch.no_grad()
+def logit_statistics(model, rollouts, micro_batch_tokens):
+    """Moments of the raw logits, the whole vocabulary at every position that predicts a completion token -> dict.
+
+    mean, sd, skewness (of the population, as scipy's skew), count of logits, histogram (counts). No temperature, no
+    truncation; fp32 logits a few million at a time, sums in fp64.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+    histogram = torch.zeros(BINS, dtype=torch.long, device=model.device)
+    size = max(1, 2**22 // model.get_output_embeddings().weight.shape[0])  # positions at a time
+    for rows in common.micro_batches(rollouts, range(len(rollouts.ids)), micro_batch_tokens):
+        longest = int(rollouts.attention_mask[rows].sum(1).max())
+        ids, attention_mask = rollouts.ids[rows, : longest - 1], rollouts.attention_mask[rows, : longest - 1]
+        predicts = rollouts.mask[rows, 1:longest].bool()  # column t predicts token t + 1
+        for hidden in common.hidden_states(model, ids, attention_mask)[predicts].split(size):
+            z = common.head_logits(model, hidden).double().flatten()
+            sums += torch.stack([z.sum(), (z**2).sum(), (z**3).sum()])
+            histogram += ((z + EDGE) * (BINS / EDGE / 2)).long().clamp(0, BINS - 1).bincount(minlength=BINS)
+    count = int(histogram.sum())
+    mean, square, cube = (sums / count).tolist()
+    sd = math.sqrt(square - mean**2)
+    skewness = (cube - 3 * mean * square + 2 * mean**3) / sd**3
+    return dict(mean=mean, sd=sd, skewness=skewness, count=count, histogram=histogram.tolist())
+
+
+def gradient_moments(model, rollouts, rewards, temperature):
+    """(squares [P, n], mean_square [P]) for `gradient_variance`; rewards [P, n], rollouts of B = P*n rows. Fp64.
+
+    Gradients are over all parameters, one answer at a time. mean_square is the mean of <x_i, x_j> over pairs i != j of
+    x_i = (r_i - mean) g_i: unlike |mean x|^2 free of the variance itself; for a single prompt it can be negative. So at any
+    time there is one gradient and one sum of gradients, whatever n.
+    """
+    squares = torch.zeros(rewards.shape, dtype=torch.float64)
+    mean_square, n = torch.zeros(len(rewards), dtype=torch.float64), rewards.shape[1]
+    for p, centred in enumerate(rewards - rewards.mean(1, keepdim=True)):
+        total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in model.parameters()]
+        for i in range(n):
+            common.completion_logps(model, rollouts, [p * n + i], temperature)[0].sum().backward()
+            for parameter, sum_x in zip(model.parameters(), total):
+                if parameter.grad is not None:
+                    squares[p, i] += float(parameter.grad.float().square().sum())
+                    sum_x.add_(parameter.grad, alpha=float(centred[i]))
+                    parameter.grad = None
+        of_sum = sum(float(sum_x.square().sum()) for sum_x in total)
+        mean_square[p] = (of_sum - float((squares[p] * centred**2).sum())) / (n * (n - 1))
+    return squares, mean_square
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and their settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """One model of the comparison."""
+
+    path: str  # as given: run folder, checkpoint, model folder, hub id, or 'embedded'
+    label: str  # in tables and figures
+    run: Path | None  # the run folder it belongs to
+    trained: dict  # that run's args.json
+    settings: common.RunArgs | None = None  # how it is evaluated
+
+
+def labels_of(paths):
+    """The shortest ends of paths that tell them apart: runs/grpo, runs/em -> grpo, em. Raises UserError for doubles."""
+    parts = [Path(path.removesuffix(".jsonl")).parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        if len({part[-length:] for part in parts}) == len(parts):
+            return ["/".join(part[-length:]) for part in parts]
+    raise common.UserError(f"{' '.join(paths)}: one of them is listed twice; drop it")
+
+
+def find_run(path):
+    """The run folder a model belongs to, its own or the one around a checkpoint; None for any other model. Raises UserError
+    for a missing folder and an unfinished run."""
+    folder = Path(path)
+    if not folder.is_dir():
+        # 'runs/grpo' could be a hub id, but not where there is a folder 'runs'.
+        if folder.exists() or path[0] in "./" or path.count("/") > 1 or ("/" in path and folder.parent.is_dir()):
+            raise common.UserError(f"{path}: no such folder; pass a run folder, a model folder or a hub id")
+        return None
+    run = next((f for f in (folder, folder.parent) if (f / "args.json").is_file()), None)
+    if run and (run == folder or folder.name.startswith("checkpoint-")) and not common.step_of(folder):
+        raise common.UserError(f"{path}: unfinished, no trainer_state.json; repeat its training command to finish it")
+    return run
+
+
+def read_entries(args):
+    """args.models -> list of Entry. A setting is that of the command line, else of the run itself, else of the first run given
+    (a base model is asked as its runs are), else of EMBEDDED for embedded models, else the training scripts' default."""
+    entries = []
+    for path, label in zip(args.models, labels_of(args.models)):
+        run = None if args.rescore or path == "embedded" else find_run(path)
+        trained = json.loads((run / "args.json").read_text()) if run else {}
+        if run and Path(trained["model"]).parent == Path(trained["output_dir"]):
+            run, trained = None, {}  # built from nothing (the embedded model): others start here, it does not
+        entries.append(Entry(path, label, run, trained))
+    first = next((entry.trained for entry in entries if entry.trained), {})
+    given = {name: getattr(args, name) for name in (*SHARED, "seed") if getattr(args, name) is not None}
+    for entry in entries:
+        defaults = EMBEDDED if common.is_embedded(entry.path) else {}
+        repeated = {name: value for name, value in (entry.trained or first).items() if name in REPEATED}
+        entry.settings = common.RunArgs(**{**defaults, **repeated, **given})
+    for name in REPEATED:
+        tell_differences(f"different {name}", {entry.label: getattr(entry.settings, name) for entry in entries})
+    tell_differences("trained on different data", {e.label: e.trained["data"] for e in entries if e.trained})
+    return entries
+
+
+def tell_differences(what, values):
+    """One line on stderr if unequals are compared. values: label -> value."""
+    if len(set(values.values())) > 1:
+        print(f"note: {what}:", ", ".join(f"{label} {value!r}" for label, value in values.items()), file=sys.stderr)
+
+
+def load_start(entry, load):
+    """The model a run started from; None for other models and, with a note, where it cannot be loaded."""
+    if not entry.run:
+        return None
+    try:
+        find_run(entry.trained["model"])  # a missing folder is not looked up as a hub id
+        return load(entry.trained["model"])[0]
+    except common.UserError as error:
+        print(f"note: {entry.label}: no KL, its starting model is gone ({error})", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples: a JSONL file per model, data set and temperature; a header, then a record per problem
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def problem_limit(args, data):
+    """How many problems of a data set are used, the first so many; 0 for all."""
+    return args.num_problems if args.num_problems is not None else 256 if data == "arithmetic" else 0
+
+
+def read_samples(path, limit=0):
+    """Yield the header of a sample file, then the records of its problems below limit (0: all). Raises UserError."""
+    if not path.is_file():
+        raise common.UserError(f"{path}: no samples yet; run this command without --rescore first")
+    with open(path, encoding="utf-8") as file:  # not splitlines(): that splits at line separators inside a text, too
+        yield from (line for line in map(json.loads, file) if not limit or line.get("problem", 0) < limit)
+
+
+def check_header(path, wanted):
+    """Raise UserError if a sample file was made under other settings than those wanted."""
+    header = next(read_samples(path))
+    for name, value in wanted.items():
+        if header[name] != value:
+            raise common.UserError(
+                f"{path}: sampled with {name} {header[name]!r}, now {value!r}; repeat the old command, sample again with "
+                "--overwrite, or choose another --output_dir"
+            )
+
+
+def draw(entry, path, data, temperature, args, load):
+    """Append to a sample file the problems it does not hold yet, a wave of problems at a time.
+
+    load: path -> (model, tokenizer), called only if something is missing. The seed of a wave depends on data and first
+    problem, not on the model or on what is there already: an interrupted file is completed as if nothing had happened.
+    Raises UserError if the file holds answers to other problems, of other weights or under other settings.
+    """
+    s, n = entry.settings, args.num_samples
+    problems = common.load_problems(data, "test", problem_limit(args, data), s.system_prompt)
+    weights = (common.EMBEDDED_MODEL if entry.path == "embedded" else Path(entry.path)).glob("*.safetensors")
+    header = dict(model=entry.path, weights_saved=sorted(file.stat().st_mtime for file in weights), data=data)
+    header |= dict(temperature=temperature, num_samples=n)
+    header |= {name: getattr(s, name) for name in ("chat_template_kwargs", "max_completion_length", "dtype", "seed")}
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a last line cut off by a kill
+    if not path.is_file() or not path.stat().st_size:
+        common.append_jsonl(path, [header])
+    check_header(path, header)
+    missing = dict(enumerate(problems))
+    for record in itertools.islice(read_samples(path, len(problems)), 1, None):
+        problem = missing.pop(record["problem"])
+        if (record["prompt"], record["gold"]) != (problem.prompt, problem.answer):
+            raise common.UserError(
+                f"{path}: holds answers to other problems than {data}; sample again with --overwrite"
+            )
+    if not missing:
+        return
+    model, tokenizer = load(entry.path)
+    kept = common.tokenize_problems(tokenizer, problems, s.max_prompt_length, json.loads(s.chat_template_kwargs))
+    missing = [(i, problem) for i, problem in missing.items() if len(problem.ids) <= s.max_prompt_length]
+    start = load_start(entry, load) if missing else None
+    draws = n if temperature > 0 else 1  # greedy answers are all alike: one is sampled and written n times
+    wave = s.max_rollout_tokens // (draws * (max(len(problem.ids) for problem in kept) + s.max_completion_length))
+    blocks = [missing[i : i + max(1, wave)] for i in range(0, len(missing), max(1, wave))]
+    for block in tqdm(blocks, f"{entry.label}, {data}, temperature {temperature:g}", unit="wave"):
+        seed = common.step_seed(s.seed, data, temperature, block[0][0])
+        prompts, limits = [problem.ids for _, problem in block], (s.max_completion_length, temperature)
+        rollouts = common.sample(model, tokenizer, prompts, draws, *limits, s.max_rollout_tokens, seed=seed)
+        records = []
+        for j, (index, problem) in enumerate(block):
+            rows, kl = slice(j * draws, (j + 1) * draws), None
+            part = common.Rollouts(
+                *(x[rows] for x in (rollouts.ids, rollouts.attention_mask, rollouts.mask, rollouts.lengths))
+            )
+            if start is not None:
+                kl = common.kl_between(model, start, part, s.micro_batch_tokens, temperature or 1.0)
+                kl *= n // draws * int(part.lengths.sum())
+            answers = dict(
+                texts=rollouts.texts[rows],
+                token_ids=[ids[mask.bool()].tolist() for ids, mask in zip(part.ids, part.mask)],
+                finished=rollouts.finished[rows].tolist(),
+                entropy=(rollouts.entropy[rows] * part.mask)
+                .sum(1)
+                .tolist(),  # nats, summed over the tokens of an answer
+            )
+            answers = {name: values * (n // draws) for name, values in answers.items()}
+            record = dict(problem=index, prompt=problem.prompt, gold=problem.answer, prompt_ids=problem.ids, **answers)
+            records.append(record | dict(kl=kl))  # nats, summed over all tokens of the n answers
+        common.append_jsonl(path, records)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grade_record(record):
+    """The rewards of a record's answers."""
+    problem = common.Problem(record["prompt"], record["gold"])
+    return common.grade(record["texts"], [problem] * len(record["texts"]), record["finished"])
+
+
+def measure(records, ks):
+    """Records of a sample file -> (values: metric -> one value per problem, totals over the tokens of all answers)."""
+    values, totals = defaultdict(list), Counter()
+    for record in records:
+        rewards, lengths = grade_record(record), [len(ids) for ids in record["token_ids"]]
+        boxes = [common.last_boxed(text) if done else None for text, done in zip(record["texts"], record["finished"])]
+        groups = group_answers(
+            [box if box and len(box) <= 2000 else None for box in boxes]
+        )  # the limit of common.grade
+        n, right = len(rewards), rewards.count(1.0)
+        values[f"avg@{n}"].append(right / n)
+        for k in ks:
+            values[f"pass@{k}"].append(pass_at_k(n, right, k))
+            values[f"maj@{k}"].append(maj_at_k(groups, rewards, k))
+        values["response_length"].append(sum(lengths) / n)
+        values["truncated_share"].append(1 - sum(record["finished"]) / n)
+        values["self_bleu"].append(self_bleu(record["texts"]))
+        values["repetition_5"].append(sum(map(repetition, record["token_ids"])) / n)
+        totals.update(tokens=sum(lengths), entropy=sum(record["entropy"]))
+        totals["kl_to_start"] += math.nan if record["kl"] is None else record["kl"]
+    return values, totals
+
+
+def score(measured, seed):
+    """What `measure` gave, a list with one element per data set -> dict of figures (None where undefined) and intervals."""
+    row = dict(problems=sum(len(values["response_length"]) for values, _ in measured), intervals={})
+    for name in measured[0][0]:
+        groups = [values[name] for values, _ in measured]
+        row[name] = None if None in groups[0] else sum(sum(group) / len(group) for group in groups) / len(groups)
+        if "@" in name:
+            row["intervals"][name] = bootstrap(groups, seed)
+    for name in ("entropy", "kl_to_start"):
+        value = sum(totals[name] / totals["tokens"] for _, totals in measured) / len(measured)
+        row[name] = None if math.isnan(value) else value
+    return row
+
+
+PROBES = ("logit_statistics", "gradient_variance")
+
+
+def probe(name, entry, path, temperature, args, load):
+    """One of PROBES on the first --probe_problems problems of a sample file; kept beside it, for --rescore."""
+    kept = path.with_name(f"{path.stem}--{name}.json")
+    if kept.is_file() and json.loads(kept.read_text())["problems"] == args.probe_problems:
+        return json.loads(kept.read_text())
+    if args.rescore:
+        raise common.UserError(f"{kept}: not made for {args.probe_problems} problems; run without --rescore first")
+    records = list(itertools.islice(read_samples(path), 1, 1 + args.probe_problems))
+    model, tokenizer = load(entry.path)
+    prompts = [record["prompt_ids"] for record in records for _ in record["texts"]]
+    completions = [ids for record in records for ids in record["token_ids"]]
+    rollouts = common.assemble(prompts, completions, tokenizer.pad_token_id, model.device)
+    if name == "logit_statistics":
+        found = logit_statistics(model, rollouts, entry.settings.micro_batch_tokens)
+    else:
+        rewards = torch.tensor([grade_record(record) for record in records], dtype=torch.float64)
+        squares, mean_square = gradient_moments(model, rollouts, rewards, temperature)
+        found = gradient_variance(squares, rewards, rollouts.lengths.view(rewards.shape).cpu(), mean_square)
+    common.write_json(kept, dict(found, problems=args.probe_problems))
+    return json.loads(kept.read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def table(rows):
+    """Rows of cells, the header first -> a Markdown table, aligned to be read as text, too."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+
+
+def results_table(results, columns):
+    """columns: header -> (figure, decimals). Data set and temperature are shown only where there are several."""
+    keys = [key for key in ("data", "temperature") if len({row[key] for row in results}) > 1]
+    rows = [["model", *keys, *columns]]
+    for row in results:
+        rows.append([row["model"], *(str(row[key]) for key in keys)])
+        for name, places in columns.values():
+            low, high = row["intervals"].get(name, (0, 0))
+            interval = f" ±{(high - low) / 2:.{places}f}" if name in row["intervals"] else ""
+            rows[-1].append("-" if row[name] is None else f"{row[name]:.{places}f}{interval}")
+    return table(rows)
+
+
+# Okabe and Ito's colours, of different lightness; line and mark tell the models apart in grey, too.
+COLOURS = ("black", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+STYLES = list(zip(COLOURS, ("-", "--", "-.", ":", "-", "--"), ("o", "s", "^", "D", "v", "P")))
+
+
+def draw_panels(path, labels, panels, ticks=None):
+    """A figure of panels with one legend. panels: (title, xlabel, ylabel, lines, faint); lines: label -> (x, y, intervals or
+    None), faint: label -> (x, y), drawn without marks. ticks: the positions of a logarithmic x axis."""
+    from matplotlib.figure import Figure
+
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1 + 4.2 * columns, 0.8 + 3.1 * rows), layout="constrained", dpi=130)
+    handles = {}
+    for axis, (title, xlabel, ylabel, lines, faint) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels):
+        for label, (colour, line, marker) in zip(labels, itertools.cycle(STYLES)):
+            if label in faint:
+                axis.plot(*faint[label], color=colour, linewidth=0.8, alpha=0.4)
+            if label in lines:
+                x, y, intervals = lines[label]
+                errors = intervals and list(zip(*((v - low, high - v) for v, (low, high) in zip(y, intervals))))
+                style = dict(color=colour, linestyle=line, marker=marker, markersize=5, capsize=3)
+                handles[label] = axis.errorbar(x, y, errors, **style)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.grid(alpha=0.3)
+        if ticks:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)))
+    figure.savefig(path)
+
+
+def draw_results(folder, labels, results, args):
+    """pass_at_k.png, a panel per data set and temperature; temperatures.png, where there are several: a panel per data set."""
+
+    def points(rows, names, x):  # -> label -> (x, values, intervals), over the names of one row or the rows of one name
+        pairs = {
+            label: [(r[n], r["intervals"][n]) for r in rows if r["model"] == label for n in names] for label in labels
+        }
+        return {label: (x, *zip(*found)) for label, found in pairs.items()}
+
+    avg, panels, sweeps = f"avg@{args.num_samples}", [], []
+    for data in dict.fromkeys(row["data"] for row in results):
+        rows = [row for row in results if row["data"] == data]
+        sweeps.append((data, "sampling temperature", avg, points(rows, [avg], args.temperatures), {}))
+        for t in args.temperatures:
+            lines = points([row for row in rows if row["temperature"] == t], [f"pass@{k}" for k in args.ks], args.ks)
+            panels.append((f"{data}, temperature {t:g}", "k (answers per problem)", "pass@k", lines, {}))
+    draw_panels(folder / "pass_at_k.png", labels, panels, args.ks)
+    if len(args.temperatures) > 1:
+        draw_panels(folder / "temperatures.png", labels, sweeps)
+
+
+def draw_training(path, runs):
+    """The training curves of all runs (label -> run folder): marks on held-out problems, faint lines on training batches."""
+    panels = []
+    for ylabel, batch, held_out in (
+        ("accuracy", "accuracy", "eval_accuracy"),
+        ("entropy (nats per token)", "entropy", "eval_entropy"),
+        ("response length (tokens)", "response_length", "eval_response_length"),
+        ("KL to the starting model (nats per token)", "", "kl_to_start"),
+    ):
+        faint, lines = {}, {}
+        for label, run in runs.items():
+            with open(run / "metrics.jsonl", encoding="utf-8") as file:
+                records = list(map(json.loads, file))
+            for name, curves in ((batch, faint), (held_out, lines)):
+                points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+                if points:
+                    curves[label] = (*zip(*points), None)
+        panels.append(("", "step", ylabel, faint | lines, {label: curve[:2] for label, curve in faint.items()}))
+    draw_panels(path, list(runs), panels)
+
+
+def draw_logits(path, statistics):
+    """Histograms of raw logits, a panel per model (label -> what `logit_statistics` gave); the first model's outline in all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.8 + 1.6 * len(statistics)), layout="constrained", dpi=130)
+    axes = figure.subplots(len(statistics), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    width = 2 * EDGE / BINS
+    centres = [-EDGE + (i + 0.5) * width for i in range(BINS)]
+    density = {label: [c / s["count"] / width for c in s["histogram"]] for label, s in statistics.items()}
+    for axis, (label, s) in zip(axes, statistics.items()):
+        axis.bar(centres, density[label], width, color="0.75")
+        axis.step(centres, density[next(iter(density))], where="mid", color="black", linewidth=1)
+        axis.axvline(s["mean"], color="#D55E00", linewidth=1.5, linestyle="--")
+        text = f"mean {s['mean']:.2f}\nsd {s['sd']:.2f}\nskewness {s['skewness']:.2f}"
+        axis.text(0.98, 0.92, text, transform=axis.transAxes, ha="right", va="top", fontsize=9)
+        axis.set(title=label, ylabel="density")
+    shown = [x for x, *values in zip(centres, *density.values()) if max(values) * width > 1e-4]
+    axes[-1].set(xlabel="raw logit, whole vocabulary (line: the first model)", xlim=(min(shown), max(shown)))
+    figure.savefig(path)
+
+
+def draw_gradients(path, variances):
+    """Bars of the variance under each baseline relative to none, a group per model (label -> `gradient_variance`)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.5 + 2.2 * len(variances), 3.8), layout="constrained", dpi=130)
+    axis = figure.subplots()
+    for i, (name, shade) in enumerate(zip(list(next(iter(variances.values())))[:4], ("1", "0.8", "0.5", "0.2"))):
+        heights = [values[name] / (values["no baseline"] or 1) for values in variances.values()]
+        places = [group + 0.2 * i for group in range(len(variances))]
+        axis.bar_label(
+            axis.bar(places, heights, 0.2, color=shade, edgecolor="black", label=name), fmt="%.2f", fontsize=8
+        )
+    axis.set_xticks([group + 0.3 for group in range(len(variances))], variances)
+    axis.set_ylabel("variance of one answer's policy\ngradient, relative to no baseline")
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.savefig(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv=None):
+    """Command line -> namespace. Raises UserError for unknown options and bad values."""
+
+    def fail(message):
+        raise common.UserError(f"{message} (--help lists every option)")
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    add = parser.add_argument
+    add("models", nargs="+", help="run folders, checkpoints, model folders, hub ids, or 'embedded'")
+    add(
+        "--data",
+        nargs="+",
+        help="held-out problems, as for the training scripts (default for embedded models: arithmetic)",
+    )
+    add(
+        "--num_problems",
+        type=int,
+        help="the first so many of each data set; 0: all (default: 256 of arithmetic, else all)",
+    )
+    add("--num_samples", type=int, default=32, help="answers per problem (n)")
+    add("--ks", type=int, nargs="+", help="k of pass@k and maj@k, at most n (default: those of 1 2 4 8 16 32)")
+    add("--temperatures", type=float, nargs="+", default=[1.0], help="of sampling, one or several; 0 is greedy")
+    add(
+        "--rescore",
+        action="store_true",
+        help="repeat this command's numbers and figures from its samples, without a model",
+    )
+    add("--overwrite", action="store_true", help="sample again although samples are there")
+    add("--logit_statistics", action="store_true", help="also mean, sd, skewness and histogram of the raw logits")
+    add("--gradient_variance", action="store_true", help="also the policy gradient's variance under four baselines")
+    add("--probe_problems", type=int, default=16, help="problems for these two, of the first data set and temperature")
+    add("--output_dir", default="runs/evaluation", help="folder of samples, results.json, results.md and figures")
+    add("--seed", type=int, default=0, help="of sampling and of the bootstrap")
+    for field in dataclasses.fields(common.RunArgs):
+        if field.name in SHARED:
+            known = typing.get_args(field.type) or None
+            text = field.metadata["help"] + (" (default: as the runs were trained)" if field.name in REPEATED else "")
+            add(f"--{field.name}", type=type(field.default), choices=known, help=text)
+    args = parser.parse_args(argv)
+    args.ks = sorted(set(args.ks or [k for k in (1, 2, 4, 8, 16, 32) if k <= args.num_samples]))
+    for name, low in (("num_samples", 1), ("probe_problems", 1), ("num_problems", 0), ("temperatures", 0), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and min([value] if isinstance(value, int) else value) < low:
+            fail(f"--{name} {value}: must be {low} or more")
+    for k in args.ks:
+        pass_at_k(args.num_samples, 0, k)  # raises where k does not fit
+    if args.gradient_variance and (args.num_samples < 2 or args.temperatures[0] == 0):
+        fail("--gradient_variance: takes 2 or more --num_samples at a first temperature above 0")
+    if not args.data and not all(map(common.is_embedded, args.models)):
+        fail("--data: needed; only embedded models have a default")
+    args.data = args.data or ["arithmetic"]
+    return args
+
+
+def main(args):
+    if "embedded" in args.models and not common.EMBEDDED_MODEL.exists():
+        import sft
+
+        sft.main(sft.Args())
+    entries, folder = read_entries(args), Path(args.output_dir)
+    labels, sets = [entry.label for entry in entries], dict(zip(labels_of(args.data), args.data))
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    measured, probed = {}, {name: {} for name in PROBES if getattr(args, name)}
+    for entry in entries:
+        load = functools.cache(lambda path, s=entry.settings: common.load_model(path, s.device, s.dtype))
+        for data, t in itertools.product(args.data, args.temperatures):
+            name = "--".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in (entry.path, data, f"T{t:g}"))
+            path = folder / "samples" / f"{name}.jsonl"
+            if args.overwrite:
+                path.unlink(missing_ok=True)
+            if args.rescore:
+                check_header(path, dict(num_samples=args.num_samples))
+            else:
+                draw(entry, path, data, t, args, load)
+            samples = itertools.islice(read_samples(path, problem_limit(args, data)), 1, None)
+            measured[entry.label, data, t] = measure(samples, args.ks)
+            for name in probed if (data, t) == (args.data[0], args.temperatures[0]) else ():
+                probed[name][entry.label] = probe(name, entry, path, t, args, load)
+
+    results = []
+    sets = {label: [data] for label, data in sets.items()} | ({"mean": args.data} if len(args.data) > 1 else {})
+    for t, data, label in itertools.product(args.temperatures, sets, labels):
+        figures = score([measured[label, source, t] for source in sets[data]], args.seed)
+        results.append(dict(model=label, data=data, temperature=t, samples=args.num_samples, **figures))
+    avg, most = f"avg@{args.num_samples}", args.ks[-1]
+    columns = {name: (name, 3) for name in dict.fromkeys((avg, f"pass@{most}", f"maj@{most}"))}
+    columns |= {"length": ("response_length", 1), "truncated": ("truncated_share", 3), "entropy": ("entropy", 3)}
+    columns |= {"KL": ("kl_to_start", 4), "Self-BLEU": ("self_bleu", 3), "Rep-5": ("repetition_5", 3)}
+    main_table = results_table(results, columns)
+    by_k = results_table(results, {f"{name}@{k}": (f"{name}@{k}", 3) for name in ("pass", "maj") for k in args.ks})
+    text = [main_table, by_k]
+    for name, models in probed.items():
+        names = [key for key in next(iter(models.values())) if key not in ("histogram", "problems")]
+        text.append(
+            table([["model", *names], *([label, *(f"{m[key]:.4g}" for key in names)] for label, m in models.items())])
+        )
+    print("\n".join([main_table, *text[2:]]))
+    (folder / "results.md").write_text("\n".join(text), encoding="utf-8")
+    moments = {
+        n: {l: {k: v for k, v in m.items() if k != "histogram"} for l, m in ms.items()} for n, ms in probed.items()
+    }
+    common.write_json(folder / "results.json", dict(command=vars(args), results=results, **moments))
+    draw_results(folder, labels, results, args)
+    runs = {entry.label: entry.run for entry in entries if entry.run}
+    if runs:
+        draw_training(folder / "training_curves.png", runs)
+    if "logit_statistics" in probed:
+        draw_logits(folder / "logits.png", probed["logit_statistics"])
+    if "gradient_variance" in probed:
+        draw_gradients(folder / "gradient_variance.png", probed["gradient_variance"])
+    print(f"{folder}: results.json, results.md, figures, samples/")
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main(parse())

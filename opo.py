@@ -1,0 +1,144 @@
+"""OPO: on-policy RL with the optimal reward baseline (https://arxiv.org/abs/2505.23585).
+
+Objective, a mean over all completion tokens of a batch of fresh samples:
+    b = sum_i l_i R_i / sum_i l_i                             length-weighted mean reward of a prompt's G samples
+    A = R - b                                                 no division by the standard deviation
+    L = -A log pi(o_t)                                        REINFORCE
+
+Where b comes from. The gradient estimate is g (R - b) with g = grad log pi(o), and any b leaves its mean as it is. So
+the variance is least where E[|g|^2 (R - b)^2] is: at b = E[|g|^2 R] / E[|g|^2]. A completion's g is a sum over its l
+tokens; assume that the tokens' gradients are uncorrelated and of equal norm, and |g|^2 is proportional to l. With equal
+lengths the plain mean is left: Dr.GRPO's baseline. In every group sum_i l_i A_i = 0: no push in total on the tokens of
+a prompt.
+
+Against grpo.py:
+- advantages: the length-weighted baseline, and nothing but the baseline
+- exactly on-policy: one optimizer step per batch, so there are no mini-batches, no old log-probs, no ratio and no clip
+- no reference model and no KL: staying on-policy is what keeps the policy near its start
+
+    python opo.py                                            # embedded model, no GPU, no network: minutes
+    python opo.py --model Qwen/Qwen3-4B --data deepmath.jsonl --eval_data math500.jsonl
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+import common
+from common import option
+
+# Overrides of the defaults below when the embedded model runs.
+EMBEDDED = dict(
+    system_prompt="",
+    max_steps=80,
+    num_prompts=16,
+    num_generations=16,
+    learning_rate=1e-4,
+    max_completion_length=64,
+    micro_batch_tokens=2048,
+    gradient_checkpointing=False,
+    save_total_limit=0,
+    save_steps=20,
+)
+
+
+@dataclass
+class Args(common.RunArgs):
+    output_dir: str = option("runs/opo", "folder of everything this run writes")
+    max_steps: int = option(300, "steps; each samples a fresh batch")
+    num_prompts: int = option(128, "prompts per step (P)")
+    num_generations: int = option(8, "completions per prompt (G)")
+
+
+def advantages(rewards, lengths):
+    """Rewards [P, G] -> advantages [P, G]. lengths [P, G]: completion tokens under the mask of the loss.
+
+    A group whose rewards are all equal says nothing about its samples: exactly 0, not float noise.
+    """
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # [P, 1]
+    baseline = (lengths * rewards).sum(1, keepdim=True) / lengths.sum(1, keepdim=True)
+    A = rewards - baseline
+    return A.masked_fill(equal, 0.0)
+
+
+def loss(logps, advantages, mask):
+    """REINFORCE, summed over tokens; main divides by the token count of the whole batch.
+
+    logps, mask: [B, T]; advantages: [B, 1] or [B, T]. -> scalar. On-policy the ratio is 1 everywhere: there is nothing
+    to clip, and its gradient is that of the log-prob.
+    """
+    return (-advantages * logps * mask).sum()
+
+
+def main(args):
+    if args.num_generations < 2:
+        raise common.UserError(f"--num_generations {args.num_generations}: a group baseline needs at least 2")
+    if args.model == "embedded":
+        import sft
+
+        sft.ensure_embedded()
+    run = common.Run(args)
+    model, tokenizer, optimizer = run.load()
+
+    for step, problems in run.steps():
+        # 1. Sample G completions per prompt from the policy itself and grade them.
+        rollouts = common.sample(
+            model,
+            tokenizer,
+            [problem.ids for problem in problems],
+            args.num_generations,
+            args.max_completion_length,
+            args.temperature,
+            args.max_rollout_tokens,
+            seed=common.step_seed(args.seed, step),
+        )
+        run.lap("sampling")
+        rewards = common.grade_rollouts(rollouts, problems)  # [P, G]
+        A = advantages(rewards, rollouts.lengths.view(rewards.shape).cpu())
+        A_rows = A.view(-1, 1).to(model.device)  # [B, 1], the same for every token of a completion
+        run.lap("grading")
+
+        # 2. One optimizer step. Log-probs are kept only to be compared with the sampler's.
+        old_logps = torch.zeros_like(rollouts.logps)
+        # A completion with advantage 0 has no gradient: it is skipped, but counted.
+        live = [row for row, a in enumerate(A.flatten().tolist()) if a != 0]
+        model.train()
+        sums, grad_norm = Counter(), None
+        tokens = rollouts.mask.sum()  # the normaliser, known before the first backward
+        for rows in common.micro_batches(rollouts, live, args.micro_batch_tokens):
+            mask = rollouts.mask[rows]
+            logps, entropy = common.completion_logps(model, rollouts, rows, args.temperature)
+            old_logps[rows] = logps.detach()
+            run.lap("logps")
+            token_sum = loss(logps, A_rows[rows], mask)
+            (token_sum / tokens).backward()
+            sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
+            run.lap("backward")
+        if live:
+            grad_norm = optimizer.step()
+        run.lap("optimizer")
+
+        # 3. Log; then evaluate and save where due.
+        trained_tokens = sums.pop("tokens", 0)
+        run.log(
+            step,
+            problems,
+            rollouts,
+            rewards,
+            A,
+            dict(
+                phase="whole",
+                grad_norm=grad_norm,
+                optimizer_steps=int(bool(live)),
+                **{name: value / trained_tokens for name, value in sums.items()},
+                **common.logp_gap(rollouts, old_logps, live),
+            ),
+        )
+        run.save(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main(common.parse(Args, EMBEDDED))

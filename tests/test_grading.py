@@ -1,0 +1,141 @@
+"""Grading: only the last complete box of a finished answer counts, and no answer can hang, crash or fool the verifier."""
+
+import threading
+import time
+
+import pytest
+
+import common
+
+
+def score(gold, text, finished=True):
+    return common.grade([text], [common.Problem("?", gold)], [finished])[0]
+
+
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),  # a pattern that stops at the first } cuts it
+        (r"\boxed {7}", "7"),
+        (r"first \boxed{1}, no: \boxed{2}", "2"),
+        (r"\boxed{3} and then \boxed{4", "3"),  # the last one was cut off: the last complete one counts
+        (r"\boxed{4", None),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),  # escaped braces are characters
+        (r"\boxed{a\}b}", r"a\}b"),
+        (r"\boxed{\boxed{5}}", r"\boxed{5}"),
+        (r"{\boxed{6}", "6"),
+        (r"} \boxed{7}", "7"),
+        (r"\boxed{}", ""),
+        ("42", None),
+        ("", None),
+        (r"\boxed", None),
+    ],
+)
+def test_last_boxed(text, content):
+    """Nested, several, unclosed, escaped: each is a wrong reward for a right answer, or a right one for a wrong answer."""
+    assert common.last_boxed(text) == content
+
+
+@pytest.mark.parametrize("piece", [r"\boxed{", "{", "}", "\\", r"\boxed{1} ", "{}"])
+def test_last_boxed_takes_linear_time(piece):
+    """A model that repeats itself for its whole length must not stop training; quadratic time would take minutes here."""
+    start = time.perf_counter()
+    common.last_boxed(piece * 100_000)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    "gold, text",
+    [
+        ("3", r"\boxed{3}"),
+        ("3", r"2+1=3, so \boxed{3.0}"),
+        (r"\dfrac{9}{7}", r"\boxed{9/7}"),  # bare LaTeX golds parse to nothing unless they are boxed first
+        (r"\dfrac{9}{7}", r"\boxed{\frac{18}{14}}"),
+        (r"1 - \sqrt{2}", r"\boxed{-\sqrt{2}+1}"),
+        ("10{,}000", r"\boxed{10000}"),
+        ("10000", r"\boxed{10{,}000}"),
+        ("10,000", r"\boxed{10000}"),
+        (r"\text{Yes}", r"\boxed{\text{Yes}}"),
+        (r"\text{Yes}", r"\boxed{Yes}"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3,\pi/2)}"),
+        ("p - q", r"\boxed{p-q}"),
+        ("3", r"wrong at first \boxed{4}, now right \boxed{3}"),
+    ],
+)
+def test_right_answers_score_one(gold, text):
+    """Problems whose answers can never be matched look like hard problems: they are noise that nobody notices."""
+    assert score(gold, text) == 1.0
+
+
+@pytest.mark.parametrize(
+    "gold, text",
+    [
+        ("3", r"\boxed{4}"),
+        ("3", "the answer is 3"),  # outside the box
+        ("3", r"3 \boxed{4}"),
+        ("3", r"\boxed{3} or \boxed{4}"),  # two boxes: the last one counts, and no set of both
+        ("3", r"\boxed{3"),
+        ("3", r"\boxed{}"),
+        ("3", ""),
+        (r"1 - \sqrt{2}", r"\boxed{1}"),  # a gold parsed carelessly is its first number
+        (r"\text{Yes}", r"\boxed{No}"),
+        ("even", r"\boxed{odd}"),
+        ("12", r"\boxed{1, 2}"),
+    ],
+)
+def test_wrong_answers_score_zero(gold, text):
+    """Reward for anything but the answer is what the policy learns next: mention every number, box every guess."""
+    assert score(gold, text) == 0.0
+
+
+@pytest.mark.parametrize("gold, text", [("2^{-99}", r"\boxed{2^{-98}}"), ("1/2004!", r"\boxed{1/2006!}")])
+def test_tiny_numbers_are_not_all_equal(gold, text):
+    """A comparison with an absolute tolerance holds all numbers near 0 equal: any tiny answer to such a problem is right."""
+    assert score(gold, gold and rf"\boxed{{{gold}}}") == 1.0
+    assert score(gold, text) == 0.0
+
+
+def test_unfinished_answers_score_zero():
+    """An answer that was cut off while it went on is not an answer, even if a box was seen on the way."""
+    problems = [common.Problem("?", "3")] * 3
+    assert common.grade([r"\boxed{3}"] * 3, problems, [True, False, True]) == [1.0, 0.0, 1.0]
+    assert common.grade([r"\boxed{3}", "3"], problems[:2]) == [1.0, 0.0]  # unknown: taken for finished
+
+
+def test_lists_of_unequal_length_are_a_bug():
+    """zip stops silently at the shorter list: rewards go to the wrong answers."""
+    with pytest.raises(ValueError):
+        common.grade([r"\boxed{3}"] * 2, [common.Problem("?", "3")])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["{" * 900 + "}" * 900, r"\frac{1}{" * 200 + "1" + "}" * 200, "1" * 1990, "1" * 10**5, "\x00", "%", "\\", r"\frac"],
+    ids=["braces", "fractions", "digits", "long", "zero_byte", "comment", "backslash", "bare_frac"],
+)
+def test_hostile_answers_score_zero(answer):
+    """A model writes anything. What the verifier cannot digest scores 0 and takes no other answer with it."""
+    start = time.perf_counter()
+    texts = [r"\boxed{3}", f"\\boxed{{{answer}}}", r"\boxed{3}"]
+    assert common.grade(texts, [common.Problem("?", "3")] * 3) == [1.0, 0.0, 1.0]
+    assert time.perf_counter() - start < 8
+
+
+def test_an_answer_that_would_take_for_ever_is_given_up():
+    """9^9^9^9 in a box asks the verifier for a number with more digits than there are atoms. A wall limit ends it."""
+    start = time.perf_counter()
+    tower = r"\boxed{9^{9^{9^{9}}}}"
+    assert common.grade([tower, r"\boxed{3}", tower, tower], [common.Problem("?", "3")] * 4) == [0.0, 1.0, 0.0, 0.0]
+    assert time.perf_counter() - start < 8  # one limit: the same answer is not tried again
+
+
+def test_grading_works_in_a_thread():
+    """The verifier's own time limit is a signal, which only the main thread may set: elsewhere every reward was an error."""
+    scores = []
+    texts = [r"\boxed{\frac{22}{26}}", r"\boxed{12/13}"]
+    problems = [common.Problem("?", r"\dfrac{11}{13}")] * 2
+    thread = threading.Thread(target=lambda: scores.extend(common.grade(texts, problems)))
+    thread.start()
+    thread.join()
+    assert scores == [1.0, 0.0]

@@ -1,0 +1,243 @@
+"""Rollouts: what is sampled must be what is trained, token for token, whatever the model's settings say."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import common
+
+# Token ids straight, of different lengths; the second holds the end token 1 inside, as a chat prompt holds turn marks.
+PROMPTS = [[7, 30, 50], [9, 1, 60, 12, 80, 33, 21, 1, 14], [40], [11, 12, 13, 14, 15, 16]]
+LONGEST = 9
+ENDS = [1, 30, 50, 66, 77, 88, 90]  # seven of 101 tokens end an answer: a random model needs them often enough
+
+
+def several_ends(model, tokenizer):
+    """Six end tokens in generation_config, the seventh in the tokenizer."""
+    model.generation_config.eos_token_id = ENDS[1:]
+    assert tokenizer.eos_token_id == ENDS[0]
+
+
+def alone(model, rollouts, row, temperature):
+    """Log-probs and entropies of one row's completion from the model's own logits: no padding, no cache, no code of ours."""
+    n, length = len(PROMPTS[row // (len(rollouts.ids) // len(PROMPTS))]), int(rollouts.lengths[row])
+    ids = rollouts.ids[row, : n + length]
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, n - 1 : -1] / temperature
+    distribution = torch.distributions.Categorical(logits=logits)
+    return distribution.log_prob(ids[n:]), distribution.entropy()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("pad_is_eos", [False, True], ids=["", "pad_is_eos"])
+def test_sampling_and_training_see_the_same_distribution(family, temperature, checkpointing, pad_is_eos, tokenizer):
+    """Temperature lost, cache dropped by checkpointing, padding by token id, dropout on: the ratio is wrong from step 1."""
+    model = tiny_model(family, attention_dropout=0.5)
+    several_ends(model, tokenizer)
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    rollouts = common.sample(model, tokenizer, PROMPTS, 4, 12, temperature, seed=3)
+    assert model.training  # as it was
+    assert len(set(rollouts.lengths.tolist())) > 3
+    model.eval()
+    with torch.no_grad():
+        logps, entropy = common.completion_logps(model, rollouts, range(16), temperature)
+    assert (logps - rollouts.logps).abs().max() < 1e-5
+    assert (entropy - rollouts.entropy).abs().max() < 1e-5
+    for row in range(16):
+        expected = torch.stack(alone(model, rollouts, row, temperature))
+        found = torch.stack([rollouts.logps[row], rollouts.entropy[row]])[:, rollouts.mask[row].bool()]
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_mask_ends_with_the_first_end_token(tokenizer):
+    """No end token in the mask: the model never learns to stop. More than it: padding is trained. One stop token only: babble."""
+    model = tiny_model()
+    several_ends(model, tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token  # masks by `ids != pad` would lose the end token, and the prompt's turn marks
+    rollouts = common.sample(model, tokenizer, PROMPTS, 16, 24, seed=0)
+    last_tokens = set()
+    for row, ids in enumerate(rollouts.ids.tolist()):
+        prompt, length = PROMPTS[row // 16], int(rollouts.lengths[row])
+        start, end = len(prompt), len(prompt) + length
+        completion = ids[start:end]
+        assert ids[:start] == prompt  # prompt-major
+        assert rollouts.mask[row].tolist() == [float(start <= t < end) for t in range(len(ids))]
+        assert rollouts.attention_mask[row].tolist() == [int(t < end) for t in range(len(ids))]
+        assert not set(completion[:-1]) & set(ENDS)
+        assert bool(rollouts.finished[row]) == (completion[-1] in ENDS)
+        assert length == 24 or rollouts.finished[row]
+        assert rollouts.texts[row] == tokenizer.decode(completion, skip_special_tokens=True)
+        last_tokens |= {completion[-1]} & set(ENDS)
+    assert last_tokens == set(ENDS) and not rollouts.finished.all()
+    assert not rollouts.logps[rollouts.mask == 0].any() and not rollouts.entropy[rollouts.mask == 0].any()
+
+
+def test_end_at_the_length_limit_is_finished(tokenizer):
+    """An answer whose last allowed token is the end token is whole; counted as cut, it would score 0."""
+    model = tiny_model()
+    rollouts = common.sample(model, tokenizer, [[7]], 2000, 1, seed=0)
+    assert rollouts.lengths.tolist() == [1] * 2000
+    assert rollouts.finished.tolist() == [row[1] == 1 for row in rollouts.ids.tolist()]
+    assert 0 < rollouts.finished.sum() < 2000
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_poisoned_generation_config_changes_nothing(temperature, tokenizer, tmp_path):
+    """top_k and penalties leak from a model's files into sampling; and save_pretrained refuses some of them after training."""
+    clean = tiny_model()
+    clean.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    poison = dict(top_k=2, repetition_penalty=1.9, do_sample=False, top_p=0.5, temperature=0.1, min_p=0.3)
+    poison |= dict(eos_token_id=ENDS[1:], max_length=3, no_repeat_ngram_size=1)
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(poison))
+    model, tokenizer = common.load_model(str(tmp_path / "model"), "cpu", "float32")
+    several_ends(clean, tokenizer)
+    ours, plain = (common.sample(m, tokenizer, PROMPTS, 32, 8, temperature, seed=1) for m in (model, clean))
+    assert torch.equal(ours.ids, plain.ids) and torch.equal(ours.logps, plain.logps)
+    starts = {row[3] for row in ours.ids[:32].tolist()}
+    assert len(starts) > 5  # top_k would leave two
+    logps, _ = common.completion_logps(model, ours, range(len(ours.ids)), temperature)
+    assert (logps - ours.logps).abs().max() < 1e-5
+
+    model.save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    again, tokenizer = common.load_model(str(tmp_path / "trained"), "cpu", "float32")
+    assert common.end_token_ids(again, tokenizer) == ENDS  # the stop tokens survive
+
+
+def test_greedy_is_generate(tokenizer):
+    """The decode loop against an independent one: a cache, mask or position off by one gives other tokens."""
+    model = tiny_model()
+    several_ends(model, tokenizer)
+    rollouts = common.sample(model, tokenizer, PROMPTS, 1, 40, temperature=0)
+    padding = [LONGEST - len(prompt) for prompt in PROMPTS]
+    generated = model.generate(
+        torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, PROMPTS)]),
+        attention_mask=torch.tensor([[0] * pad + [1] * len(prompt) for pad, prompt in zip(padding, PROMPTS)]),
+        do_sample=False,
+        max_new_tokens=40,
+        eos_token_id=ENDS,
+        pad_token_id=0,
+    )[:, LONGEST:]
+    for row, prompt in enumerate(PROMPTS):
+        ours = rollouts.ids[row][rollouts.mask[row].bool()].tolist()
+        assert ours == generated[row, : len(ours)].tolist()
+        assert len(ours) == 40 or ours[-1] in ENDS
+    assert len(set(rollouts.lengths.tolist())) > 1
+
+
+def test_waves_change_no_greedy_answer(tokenizer):
+    """Samples are drawn in waves that fit the memory; a wave must not lose rows, mix them up or see its neighbours."""
+    model = tiny_model()
+    several_ends(model, tokenizer)
+    whole = common.sample(model, tokenizer, PROMPTS, 3, 20, 0)
+    for budget in (1, 2 * (LONGEST + 20), 5 * (LONGEST + 20)):  # one, two and five rows at a time
+        waves = common.sample(model, tokenizer, PROMPTS, 3, 20, 0, max_rollout_tokens=budget)
+        assert torch.equal(waves.ids, whole.ids) and torch.equal(waves.mask, whole.mask)
+        assert waves.texts == whole.texts
+        assert torch.allclose(waves.logps, whole.logps, atol=1e-5)
+
+
+def test_waves_keep_to_their_budget(tokenizer, monkeypatch):
+    """max_rollout_tokens bounds the cache; a wave over budget ends in an out-of-memory error on a real model."""
+    model, rows = tiny_model(), []
+    forward = type(model.model).forward
+    monkeypatch.setattr(
+        type(model.model), "forward", lambda self, **kw: (rows.append(len(kw["input_ids"])), forward(self, **kw))[1]
+    )
+    common.sample(model, tokenizer, PROMPTS, 8, 20, max_rollout_tokens=5 * (LONGEST + 20), seed=0)
+    assert max(rows) == 5
+
+
+def test_seed_decides_the_samples(tokenizer):
+    """A seed that is not wired in makes no run repeatable; one that is reset per wave draws the same answers again and again."""
+    model = tiny_model()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = common.sample(model, tokenizer, PROMPTS, 4, 12, seed=5)
+    torch.manual_seed(99)  # the global generator has no say ...
+    again = common.sample(model, tokenizer, PROMPTS, 4, 12, seed=5)
+    other = common.sample(model, tokenizer, PROMPTS, 4, 12, seed=6)
+    assert torch.equal(first.ids, again.ids) and torch.equal(first.logps, again.logps)
+    assert first.texts != other.texts
+    torch.manual_seed(0)  # ... and is left as it was
+    common.sample(model, tokenizer, PROMPTS, 4, 12, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    waves = common.sample(model, tokenizer, PROMPTS[:1], 12, 12, max_rollout_tokens=1, seed=5)
+    assert len(set(waves.texts)) > 6
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_samples_follow_the_softmax(temperature, tokenizer):
+    """Chi-square of 20,000 two-token samples over all their outcomes: any warping of the distribution shows.
+
+    The seed is fixed. Were it free, a sound sampler would fail one time in a million.
+    """
+    model = tiny_model(vocab_size=6, seed=2)
+    prompt, n = [3, 2, 5], 20_000
+    rollouts = common.sample(model, tokenizer, [prompt], n, 2, temperature, seed=0)
+
+    def softmax(ids):
+        with torch.no_grad():
+            return torch.softmax(model(torch.tensor([ids])).logits[0, -1].double() / temperature, -1)
+
+    expected = {}
+    for a, p in enumerate(softmax(prompt)):
+        if a == tokenizer.eos_token_id:
+            expected[a,] = n * float(p)
+        else:
+            expected |= {(a, b): n * float(p * q) for b, q in enumerate(softmax([*prompt, a]))}
+    found = dict.fromkeys(expected, 0)
+    for row, length in zip(rollouts.ids.tolist(), rollouts.lengths.tolist()):
+        found[tuple(row[3 : 3 + length])] += 1
+    rare = [cell for cell in expected if expected[cell] < 5]  # chi-square wants 5 expected per cell: pool the rest
+    pooled = [(found[c], expected[c]) for c in expected if c not in rare]
+    pooled += [(sum(found[c] for c in rare), sum(expected[c] for c in rare))] if rare else []
+    statistic = sum((f - e) ** 2 / e for f, e in pooled)
+    freedom = torch.tensor((len(pooled) - 1) / 2.0)
+    assert len(pooled) > 10
+    assert float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2))) > 1e-6
+
+
+def test_temperature_zero_has_finite_log_probs(tokenizer):
+    """Greedy answers are scored at temperature 1: a division by 0 would put nan into every figure of the evaluation."""
+    rollouts = common.sample(tiny_model(), tokenizer, PROMPTS, 1, 8, temperature=0)
+    assert torch.isfinite(rollouts.logps).all() and torch.isfinite(rollouts.entropy).all()
+    logps, _ = common.completion_logps(tiny_model(), rollouts, range(4), 1.0)
+    assert torch.allclose(logps, rollouts.logps, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Micro-batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 40, 64, 10**6])
+def test_micro_batches_hold_every_row_once_within_the_budget(budget):
+    """A row lost or doubled changes the gradient; a budget that ignores padding overflows the memory."""
+    lengths = torch.tensor([5, 30, 7, 12, 30, 3, 18, 9])
+    attention_mask = (torch.arange(30) < lengths[:, None]).long()
+    rollouts = common.Rollouts(torch.zeros(8, 30), attention_mask, attention_mask.float(), lengths)
+    live = [7, 0, 1, 3, 4, 6]
+    batches = common.micro_batches(rollouts, live, budget)
+    assert sorted(row for rows in batches for row in rows) == sorted(live)
+    for rows in batches:
+        assert len(rows) == 1 or len(rows) * int(lengths[rows].max()) <= budget
+    assert common.micro_batches(rollouts, [], budget) == []
+
+
+def test_micro_batches_put_like_lengths_together():
+    """In random order most of a batch is padding: the same gradient, paid for twice."""
+    lengths = torch.tensor([4, 40] * 8)
+    attention_mask = (torch.arange(40) < lengths[:, None]).long()
+    rollouts = common.Rollouts(torch.zeros(16, 40), attention_mask, attention_mask.float(), lengths)
+    batches = common.micro_batches(rollouts, range(16), 160)
+    assert sum(len(rows) * int(lengths[rows].max()) for rows in batches) <= 1.25 * int(lengths.sum())
