@@ -168,7 +168,7 @@ def main(args):
         run.lap("old_logps")
 
         # 3. One optimizer step per mini-batch of whole groups.
-        sums, grad_norms = Counter(), []
+        sums, grad_norms = Counter(tokens=0, trained_entropy=0.0, clip_share=0.0), []
         for minibatch in torch.arange(len(A_rows)).chunk(args.num_minibatches):
             tokens = rollouts.mask[minibatch].sum()  # the normaliser, known before the first backward
             minibatch_live = [row for row in live if minibatch[0] <= row <= minibatch[-1]]
@@ -192,7 +192,6 @@ def main(args):
             run.lap("optimizer")
 
         # 4. Log; then evaluate and save where due.
-        trained_tokens = sums.pop("tokens", 0)
         run.log(
             step,
             problems,
@@ -203,7 +202,7 @@ def main(args):
                 phase="internal" if internal else "whole",
                 grad_norm=sum(grad_norms) / len(grad_norms) if grad_norms else None,
                 optimizer_steps=len(grad_norms),
-                **{name: value / trained_tokens for name, value in sums.items()},
+                **common.per_token(sums),
                 **common.logp_gap(rollouts, old_logps, [] if internal else live),
             ),
         )

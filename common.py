@@ -30,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated")  # its successor is newer than 5.0
 
 EMBEDDED_MODEL = Path("runs/tiny")  # where sft.py keeps the embedded model
 
@@ -111,10 +113,10 @@ class RunArgs:
 
     def __post_init__(self):
         """Raise UserError for a value that could only fail later."""
-        may_be_zero = re.compile("learning_rate|weight_decay|save_|eval_steps|eval_problems|beta|internal_|seed")
         for name, value in vars(self).items():
-            if type(value) in (int, float) and not (value > 0 or (value == 0 and may_be_zero.match(name))):
-                raise UserError(f"--{name} {value}: must be {'0 or more' if may_be_zero.match(name) else 'above 0'}")
+            positive = re.fullmatch("max_.*|num_.*|micro_.*|.*temperature|.*_samples|delta", name)
+            if type(value) in (int, float) and not (value > 0 or (value == 0 and not positive)):
+                raise UserError(f"--{name} {value}: must be {'above 0' if positive else '0 or more'}")
         with contextlib.suppress(ValueError):
             if isinstance(json.loads(self.chat_template_kwargs), dict):
                 return
@@ -138,7 +140,8 @@ def parse(Args, EMBEDDED, argv=None):
 
     parser = HfArgumentParser(Args, allow_abbrev=False)
     parser.error = fail
-    if is_embedded(parser.parse_known_args([a for a in (argv or sys.argv[1:]) if a not in ("-h", "--help")])[0].model):
+    words = sys.argv[1:] if argv is None else argv
+    if is_embedded(parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0].model):
         parser.set_defaults(**EMBEDDED)
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     return fail(f"unknown option or stray value: {' '.join(unknown)}") if unknown else args
@@ -166,7 +169,7 @@ def arithmetic(split, n, seed=0):
     """
     generator, problems = random.Random(f"{split}-{seed}"), {}
     while len(problems) < n:
-        text = values = str(generator.randint(1, 20))
+        text = str(generator.randint(1, 20))
         values = [int(text)]
         for _ in range(3):
             sign, number = generator.choice("+-"), generator.randint(1, 20)
@@ -265,7 +268,8 @@ def encode(tokenizer, prompt, chat_template_kwargs=None):
         kwargs = dict(tokenize=True, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {}))
         ids = tokenizer.apply_chat_template(messages, **kwargs)
     else:
-        ids = tokenizer("\n\n".join(m["content"] for m in messages) + "\n")["input_ids"]
+        plain = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt) + "\n\n"
+        ids = tokenizer(plain)["input_ids"]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
     return list(ids)
@@ -704,12 +708,19 @@ def summary(rollouts, rewards):
     )
 
 
+def per_token(sums):
+    """Sums over tokens, and their number under 'tokens' -> means by name; None where no token was trained."""
+    tokens = sums.pop("tokens")
+    return {name: value / tokens if tokens else None for name, value in sums.items()}
+
+
 def logp_gap(rollouts, logps, rows):
     """Mean and largest distance, in nats, between the sampler's and the training path's log-probs over some rows'
     completion tokens. What is sampled must be what is trained, so only rounding may remain. None without rows."""
     mask = rollouts.mask[list(rows)]
     gap = (logps - rollouts.logps)[list(rows)].abs() * mask
-    return dict(logp_gap=masked_mean(gap, mask), logp_gap_max=float(gap.max())) if rows else dict(logp_gap=None)
+    mean, largest = (masked_mean(gap, mask), gap.max().item()) if rows else (None, None)
+    return dict(logp_gap=mean, logp_gap_max=largest)
 
 
 @torch.no_grad()
@@ -746,7 +757,7 @@ class Run:
         if step_of(self.folder) >= args.max_steps and not args.overwrite:
             sys.exit(print(f"{self.folder}: finished; --overwrite trains again, --output_dir elsewhere"))
         # The newest whole checkpoint, and the step after which it was written; a half-written one has step 0.
-        self.checkpoint = max(self.folder.glob("checkpoint-*"), key=step_of, default=self.folder)
+        self.checkpoint = max([self.folder, *self.folder.glob("checkpoint-*")], key=step_of)
         self.start = 0 if args.overwrite else step_of(self.checkpoint)
         before = json.loads((self.folder / "args.json").read_text()) if self.start else {}
         for name, value in vars(args).items():
@@ -996,10 +1007,12 @@ def draw_curves(folder):
     for axis, (title, lines) in zip(axes.flat, panels.items()):
         for (name, label), style in zip(lines.items(), ("0.6", "ko-", "k--")):
             points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-            axis.plot(*(zip(*points) if points else ([], [])), style, label=label if points else None, markersize=4)
+            if points:
+                axis.plot(*zip(*points), style, label=label, markersize=4)
         if internal:
             axis.axvspan(0, max(internal), color="tab:orange", alpha=0.2, label="an internal policy is trained")
         axis.set(title=title, xlabel="step", ylim=(0, None))
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.savefig(folder / "curves.png", dpi=100)
     plt.close(figure)

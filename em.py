@@ -125,7 +125,7 @@ def main(args):
         # 2. One optimizer step. Log-probs are kept only to be compared with the sampler's.
         old_logps = torch.zeros_like(rollouts.logps)
         model.train()
-        sums = Counter()
+        sums = Counter(tokens=0, trained_entropy=0.0)
         tokens = rollouts.mask.sum()  # the normaliser, known before the first backward
         for rows in common.micro_batches(rollouts, range(len(rollouts.ids)), args.micro_batch_tokens):
             mask = rollouts.mask[rows]
@@ -150,7 +150,6 @@ def main(args):
         run.lap("validation")
 
         # 4. Log; then evaluate and save where due.
-        trained_tokens = sums.pop("tokens", 0)
         run.log(
             step,
             problems,
@@ -161,7 +160,7 @@ def main(args):
                 phase="whole",
                 grad_norm=grad_norm,
                 validation_accuracy=validated,
-                **{name: value / trained_tokens for name, value in sums.items()},
+                **common.per_token(sums),
                 **common.logp_gap(rollouts, old_logps, range(len(rollouts.ids))),
             ),
         )

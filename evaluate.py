@@ -2,23 +2,23 @@
 
 Every model answers every held-out problem n times; the answers are kept, and all numbers come from the kept answers.
     avg@n       mean accuracy of the n answers
-    pass@k      chance that k of the n answers, drawn without replacement, hold a right one; c of n are right:
+    pass@k      chance that k of the n answers, drawn without replacement, hold a right one; with c of n right it is
                 1 - C(n-c, k) / C(n, k), unbiased, as 1 - (1 - c/n)^k is not (https://arxiv.org/abs/2107.03374)
-    maj@k       accuracy of the most frequent of k answers: mean over the n // k consecutive blocks of k (the rest is unused).
+    maj@k       accuracy of the most frequent of k answers: mean over n // k consecutive blocks of k, the rest unused.
                 Ties go to the answer sampled first; an answer that is unfinished or has no box has no vote
-    Self-BLEU   BLEU-4 of an answer against the others to its problem (https://arxiv.org/abs/1802.01886); 1: all the same
-    Rep-5       share of an answer's 5-grams of tokens that it had already used; near 1: it loops
+    Self-BLEU   BLEU-4 of an answer against the others to its problem (https://arxiv.org/abs/1802.01886); 1: all alike
+    Rep-5       share of an answer's 5-grams of tokens that it had used before; near 1: it loops
     entropy     nats per token, of the distribution sampled from
-    KL          to the model the run started from, nats per token: mean of k3 = exp(x) - x - 1, x = logp_start - logp
-Means are over answers, then problems, then data sets (row 'mean'); entropy and KL are over all tokens of a data set. The 95%
-bootstrap intervals of avg, pass and maj redraw problems: they say nothing about other training seeds.
+    KL          to the model the run started from, nats per token: mean of exp(x) - x - 1, x = logp_start - logp
+Means are over answers, then problems, then data sets (row 'mean'); of entropy and KL over all tokens of a data set. The
+95% bootstrap intervals of avg, pass and maj redraw problems: they say nothing about other training seeds.
 
---logit_statistics: mean, standard deviation and skewness of the raw logits; entropy minimization is said to raise the
+--logit_statistics: mean, standard deviation and skewness of the raw logits. Entropy minimization is said to raise the
 skewness, reinforcement learning to lower it (https://arxiv.org/abs/2505.20282).
---gradient_variance: what a baseline does for the policy gradient's variance, see the function (https://arxiv.org/abs/2505.23585).
+--gradient_variance: what a baseline does to the policy gradient's variance (https://arxiv.org/abs/2505.23585).
 
-    python evaluate.py embedded runs/grpo runs/bupo runs/opo runs/em                # embedded models: a minute each
-    python evaluate.py embedded runs/grpo runs/bupo runs/opo runs/em --rescore      # the same numbers from the kept answers
+    python evaluate.py embedded runs/grpo runs/bupo runs/opo runs/em             # embedded models: a minute each
+    python evaluate.py embedded runs/grpo runs/bupo runs/opo runs/em --rescore   # the same from the kept answers
     python evaluate.py embedded runs/em runs/grpo --temperatures 0.3 0.6 1.0 --logit_statistics --gradient_variance
     python evaluate.py Qwen/Qwen3-4B runs/grpo runs/grpo/checkpoint-100 --data math500.jsonl aime24.jsonl
 """
@@ -42,10 +42,10 @@ from tqdm import tqdm
 
 import common
 
-# Options that an evaluation repeats as its run was trained, unless the command line says otherwise.
-REPEATED = ("system_prompt", "chat_template_kwargs", "max_completion_length")
+# Options in which an evaluation follows the runs' training, unless the command line says otherwise.
+FOLLOWED = ("system_prompt", "chat_template_kwargs", "max_completion_length")
 # Options that mean here what they mean to the training scripts.
-SHARED = (*REPEATED, "max_prompt_length", "max_rollout_tokens", "micro_batch_tokens", "device", "dtype")
+SHARED = (*FOLLOWED, "max_prompt_length", "max_rollout_tokens", "micro_batch_tokens", "device", "dtype")
 # Overrides of their defaults for an embedded model.
 EMBEDDED = dict(system_prompt="", max_completion_length=64)
 
@@ -55,7 +55,7 @@ EMBEDDED = dict(system_prompt="", max_completion_length=64)
 
 
 def pass_at_k(n, c, k):
-    """Chance that k of n answers, drawn without replacement, hold one of the c right ones. Raises UserError unless k <= n.
+    """Chance that k of n answers, drawn without replacement, hold one of the c right ones. Raises UserError if k > n.
 
     Exact integers, divided once: nothing overflows, nothing cancels.
     """
@@ -67,7 +67,7 @@ def pass_at_k(n, c, k):
 def group_answers(answers):
     """For each answer (text or None) the index of the first one equal to it; None for None.
 
-    Verification is slow, and not symmetric: every new text is compared with the first of each group, as the gold answer.
+    Comparing is slow and not symmetric: a new text is compared with the first of each group, which takes gold's place.
     """
     groups = {}  # text -> index of the first of its group
     for i, answer in enumerate(answers):
@@ -78,14 +78,14 @@ def group_answers(answers):
 
 
 def maj_at_k(groups, rewards, k):
-    """Mean, over consecutive blocks of k answers, of the reward of the most frequent answer. groups: from `group_answers`.
+    """Mean, over consecutive blocks of k answers, of the reward of the most frequent one. groups: of `group_answers`.
 
-    Ties go to the first sampled; a block without any answer scores 0.
+    Ties go to the answer sampled first; a block without any answer scores 0.
     """
     scores = []
     for start in range(0, len(groups) - k + 1, k):
         votes = Counter(group for group in groups[start : start + k] if group is not None)
-        winner = max(votes, key=votes.get, default=None)  # the first of the largest, in the order of first occurrence
+        winner = max(votes, key=votes.get, default=None)  # of equals the first, and a Counter keeps their order
         scores.append(0.0 if winner is None else rewards[groups.index(winner, start)])
     return sum(scores) / len(scores)
 
@@ -93,9 +93,9 @@ def maj_at_k(groups, rewards, k):
 def self_bleu(texts):
     """Mean over texts of BLEU-4 against the others as references, 0 to 1; None for fewer than two texts.
 
-    Tokens are words and single punctuation marks; uniform weights; an order without a match counts 0.1 matches (nltk's
-    method1), a text that shares no word at all scores 0; the brevity penalty looks at the reference closest in length, the
-    shorter of two. Time is linear in the number of texts.
+    Tokens are words and single punctuation marks; uniform weights; an n-gram order without a match counts 0.1 matches
+    (nltk's method1), a text that shares no word scores 0; the brevity penalty looks at the reference closest in length,
+    the shorter of two. Time is linear in the number of texts.
     """
     if len(texts) < 2:
         return None
@@ -104,10 +104,9 @@ def self_bleu(texts):
     for order in (1, 2, 3, 4):
         counts = [Counter(zip(*(words[i:] for i in range(order)))) for words in tokens]
         largest = defaultdict(lambda: (0, 0))  # n-gram -> its largest and its second largest count in one text
-        for count in counts:
-            for gram, c in count.items():
-                first, second = largest[gram]
-                largest[gram] = max(first, c), max(second, min(first, c))
+        for gram, c in itertools.chain.from_iterable(count.items() for count in counts):
+            first, second = largest[gram]
+            largest[gram] = max(first, c), max(second, min(first, c))
         for i, count in enumerate(counts):
             # Where this text holds the largest count of all, the largest among the OTHERS is the second largest.
             matches = sum(min(c, largest[gram][c == largest[gram][0]]) for gram, c in count.items())
@@ -130,8 +129,8 @@ def repetition(token_ids, n=5):
 def bootstrap(groups, seed=0, resamples=2000):
     """95% percentile interval [low, high] of the mean over data sets of the mean over problems.
 
-    groups: per-problem values, a list per data set; each is redrawn with replacement. The same seed redraws the same problems
-    for every metric and model.
+    groups: per-problem values, a list per data set, each redrawn with replacement. The same seed redraws the same
+    problems for every metric and model.
     """
     generator, means = torch.Generator().manual_seed(seed), 0.0
     for group in groups:
@@ -145,25 +144,23 @@ def gradient_variance(squares, rewards, lengths, mean_square):
 
     With g = grad log pi(y), the estimate (r - b) g has the variance (the trace of its covariance)
         V(b) = E |g|^2 (r - b)^2 - |E (r - b) g|^2,
-    taken per prompt over its n answers and averaged over prompts. As E g = 0, the second term is |grad J|^2 whatever b: it
-    is estimated once for all four, so that they differ by what a baseline does and not by noise in the mean. What is left is
-    a parabola in b, lowest at b = E |g|^2 r / E |g|^2, the norm-weighted baseline. OPO's replaces |g|^2 by the length. As in
-    training, b comes from the group itself.
+    taken per prompt over its n answers and averaged over prompts. As E g = 0, the second term is |grad J|^2 whatever b:
+    it is estimated once for all four, so that they differ by what a baseline does and not by noise in the mean. What is
+    left is a parabola in b, lowest at b = E |g|^2 r / E |g|^2, the norm-weighted baseline. OPO's replaces |g|^2 by the
+    length. As in training b comes from the group itself, which flatters it: at n = 32 by a few percent.
 
     squares [P, n]: |g|^2; rewards, lengths [P, n]; mean_square [P]: |grad J|^2.
     """
 
-    def variance(b):  # [P, 1]
+    def variance(weights):
+        b = (weights * rewards).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1e-30)
         return float(((squares * (rewards - b) ** 2).mean(1) - mean_square).mean())
 
-    def weighted(weights):
-        return (weights * rewards).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1e-30)
-
     return {
-        "no baseline": variance(0.0),
-        "mean": variance(rewards.mean(1, keepdim=True)),
-        "length-weighted": variance(weighted(lengths)),
-        "norm-weighted": variance(weighted(squares)),
+        "no baseline": float(((squares * rewards**2).mean(1) - mean_square).mean()),
+        "mean": variance(torch.ones_like(rewards)),
+        "length-weighted": variance(lengths),
+        "norm-weighted": variance(squares),
     }
 
 
@@ -172,6 +169,7 @@ def gradient_variance(squares, rewards, lengths, mean_square):
 # ---------------------------------------------------------------------------------------------------------------------
 
 EDGE, BINS = 128.0, 1024  # histogram of the logits: bins of 0.25 over [-128, 128]; the outermost take what lies outside
+LOGITS_AT_ONCE = 2**22  # 32 MiB in fp64
 
 
 @torch.no_grad()
@@ -179,11 +177,11 @@ def logit_statistics(model, rollouts, micro_batch_tokens):
     """Moments of the raw logits, the whole vocabulary at every position that predicts a completion token -> dict.
 
     mean, sd, skewness (of the population, as scipy's skew), count of logits, histogram (counts). No temperature, no
-    truncation; fp32 logits a few million at a time, sums in fp64.
+    truncation. No more than LOGITS_AT_ONCE logits exist at a time; sums are fp64.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=model.device)
     histogram = torch.zeros(BINS, dtype=torch.long, device=model.device)
-    size = max(1, 2**22 // model.get_output_embeddings().weight.shape[0])  # positions at a time
+    size = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])  # positions at a time
     for rows in common.micro_batches(rollouts, range(len(rollouts.ids)), micro_batch_tokens):
         longest = int(rollouts.attention_mask[rows].sum(1).max())
         ids, attention_mask = rollouts.ids[rows, : longest - 1], rollouts.attention_mask[rows, : longest - 1]
@@ -200,11 +198,11 @@ def logit_statistics(model, rollouts, micro_batch_tokens):
 
 
 def gradient_moments(model, rollouts, rewards, temperature):
-    """(squares [P, n], mean_square [P]) for `gradient_variance`; rewards [P, n], rollouts of B = P*n rows. Fp64.
+    """(squares [P, n], mean_square [P]) for `gradient_variance`, fp64; rewards [P, n], rollouts of B = P*n rows.
 
     Gradients are over all parameters, one answer at a time. mean_square is the mean of <x_i, x_j> over pairs i != j of
-    x_i = (r_i - mean) g_i: unlike |mean x|^2 free of the variance itself; for a single prompt it can be negative. So at any
-    time there is one gradient and one sum of gradients, whatever n.
+    x_i = (r_i - mean r) g_i: unlike |mean x|^2 it holds no share of the variance; for one prompt it may be below 0.
+    At any time there is one gradient and one fp32 sum of gradients, whatever n.
     """
     squares = torch.zeros(rewards.shape, dtype=torch.float64)
     mean_square, n = torch.zeros(len(rewards), dtype=torch.float64), rewards.shape[1]
@@ -248,12 +246,14 @@ def labels_of(paths):
 
 
 def find_run(path):
-    """The run folder a model belongs to, its own or the one around a checkpoint; None for any other model. Raises UserError
-    for a missing folder and an unfinished run."""
+    """The run folder a model belongs to, its own or the one around a checkpoint; None for any other model.
+
+    Raises UserError for a missing folder and for an unfinished run.
+    """
     folder = Path(path)
     if not folder.is_dir():
         # 'runs/grpo' could be a hub id, but not where there is a folder 'runs'.
-        if folder.exists() or path[0] in "./" or path.count("/") > 1 or ("/" in path and folder.parent.is_dir()):
+        if folder.exists() or path[:1] in "./" or path.count("/") > 1 or ("/" in path and folder.parent.is_dir()):
             raise common.UserError(f"{path}: no such folder; pass a run folder, a model folder or a hub id")
         return None
     run = next((f for f in (folder, folder.parent) if (f / "args.json").is_file()), None)
@@ -263,8 +263,8 @@ def find_run(path):
 
 
 def read_entries(args):
-    """args.models -> list of Entry. A setting is that of the command line, else of the run itself, else of the first run given
-    (a base model is asked as its runs are), else of EMBEDDED for embedded models, else the training scripts' default."""
+    """args.models -> list of Entry. A setting is that of the command line, else of the run, else of the first run given
+    (a base model is asked as its runs are), else EMBEDDED for embedded models, else the training scripts' default."""
     entries = []
     for path, label in zip(args.models, labels_of(args.models)):
         run = None if args.rescore or path == "embedded" else find_run(path)
@@ -272,13 +272,14 @@ def read_entries(args):
         if run and Path(trained["model"]).parent == Path(trained["output_dir"]):
             run, trained = None, {}  # built from nothing (the embedded model): others start here, it does not
         entries.append(Entry(path, label, run, trained))
-    first = next((entry.trained for entry in entries if entry.trained), {})
+    sampled = [entry.trained for entry in entries if "num_generations" in entry.trained]  # not those of sft.py
     given = {name: getattr(args, name) for name in (*SHARED, "seed") if getattr(args, name) is not None}
     for entry in entries:
+        run = entry.trained if entry.trained in sampled else dict(*sampled[:1])
+        followed = {name: run[name] for name in FOLLOWED if name in run}
         defaults = EMBEDDED if common.is_embedded(entry.path) else {}
-        repeated = {name: value for name, value in (entry.trained or first).items() if name in REPEATED}
-        entry.settings = common.RunArgs(**{**defaults, **repeated, **given})
-    for name in REPEATED:
+        entry.settings = common.RunArgs(**{**defaults, **followed, **given})
+    for name in FOLLOWED:
         tell_differences(f"different {name}", {entry.label: getattr(entry.settings, name) for entry in entries})
     tell_differences("trained on different data", {e.label: e.trained["data"] for e in entries if e.trained})
     return entries
@@ -288,17 +289,6 @@ def tell_differences(what, values):
     """One line on stderr if unequals are compared. values: label -> value."""
     if len(set(values.values())) > 1:
         print(f"note: {what}:", ", ".join(f"{label} {value!r}" for label, value in values.items()), file=sys.stderr)
-
-
-def load_start(entry, load):
-    """The model a run started from; None for other models and, with a note, where it cannot be loaded."""
-    if not entry.run:
-        return None
-    try:
-        find_run(entry.trained["model"])  # a missing folder is not looked up as a hub id
-        return load(entry.trained["model"])[0]
-    except common.UserError as error:
-        print(f"note: {entry.label}: no KL, its starting model is gone ({error})", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,22 +302,25 @@ def problem_limit(args, data):
 
 
 def read_samples(path, limit=0):
-    """Yield the header of a sample file, then the records of its problems below limit (0: all). Raises UserError."""
+    """(header, iterator over the records of problems below limit, 0 for all) of a sample file. Raises UserError."""
     if not path.is_file():
         raise common.UserError(f"{path}: no samples yet; run this command without --rescore first")
-    with open(path, encoding="utf-8") as file:  # not splitlines(): that splits at line separators inside a text, too
-        yield from (line for line in map(json.loads, file) if not limit or line.get("problem", 0) < limit)
+
+    def lines():
+        with open(path, encoding="utf-8") as file:  # splitlines() would split at line separators inside a text, too
+            yield from map(json.loads, file)
+
+    records = lines()
+    return next(records), (record for record in records if not limit or record["problem"] < limit)
 
 
 def check_header(path, wanted):
     """Raise UserError if a sample file was made under other settings than those wanted."""
-    header = next(read_samples(path))
+    header, _ = read_samples(path)
     for name, value in wanted.items():
         if header[name] != value:
-            raise common.UserError(
-                f"{path}: sampled with {name} {header[name]!r}, now {value!r}; repeat the old command, sample again with "
-                "--overwrite, or choose another --output_dir"
-            )
+            remedy = "repeat that command, sample again with --overwrite, or choose another --output_dir"
+            raise common.UserError(f"{path}: sampled with {name} {header[name]!r}, now {value!r}; {remedy}")
 
 
 def draw(entry, path, data, temperature, args, load):
@@ -337,57 +330,57 @@ def draw(entry, path, data, temperature, args, load):
     problem, not on the model or on what is there already: an interrupted file is completed as if nothing had happened.
     Raises UserError if the file holds answers to other problems, of other weights or under other settings.
     """
-    s, n = entry.settings, args.num_samples
+    s = entry.settings
     problems = common.load_problems(data, "test", problem_limit(args, data), s.system_prompt)
     weights = (common.EMBEDDED_MODEL if entry.path == "embedded" else Path(entry.path)).glob("*.safetensors")
     header = dict(model=entry.path, weights_saved=sorted(file.stat().st_mtime for file in weights), data=data)
-    header |= dict(temperature=temperature, num_samples=n)
+    header |= dict(temperature=temperature, num_samples=args.num_samples)
     header |= {name: getattr(s, name) for name in ("chat_template_kwargs", "max_completion_length", "dtype", "seed")}
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a last line cut off by a kill
     if not path.is_file() or not path.stat().st_size:
         common.append_jsonl(path, [header])
+        for name in PROBES:
+            probe_file(path, name).unlink(missing_ok=True)
     check_header(path, header)
     missing = dict(enumerate(problems))
-    for record in itertools.islice(read_samples(path, len(problems)), 1, None):
+    for record in read_samples(path, len(problems))[1]:
         problem = missing.pop(record["problem"])
         if (record["prompt"], record["gold"]) != (problem.prompt, problem.answer):
-            raise common.UserError(
-                f"{path}: holds answers to other problems than {data}; sample again with --overwrite"
-            )
+            raise common.UserError(f"{path}: holds answers to other problems than {data}; use --overwrite")
     if not missing:
         return
     model, tokenizer = load(entry.path)
     kept = common.tokenize_problems(tokenizer, problems, s.max_prompt_length, json.loads(s.chat_template_kwargs))
     missing = [(i, problem) for i, problem in missing.items() if len(problem.ids) <= s.max_prompt_length]
-    start = load_start(entry, load) if missing else None
-    draws = n if temperature > 0 else 1  # greedy answers are all alike: one is sampled and written n times
-    wave = s.max_rollout_tokens // (draws * (max(len(problem.ids) for problem in kept) + s.max_completion_length))
-    blocks = [missing[i : i + max(1, wave)] for i in range(0, len(missing), max(1, wave))]
+    start = None
+    try:
+        if entry.run and missing:
+            find_run(entry.trained["model"])  # a folder that is gone is not looked up as a hub id
+            start, _ = load(entry.trained["model"])
+    except common.UserError as error:
+        print(f"note: {entry.label}: no KL, its starting model is gone ({error})", file=sys.stderr)
+    rows = s.max_rollout_tokens // (max(len(problem.ids) for problem in kept) + s.max_completion_length)
+    wave = max(1, rows // args.num_samples)
+    blocks = [missing[i : i + wave] for i in range(0, len(missing), wave)]
     for block in tqdm(blocks, f"{entry.label}, {data}, temperature {temperature:g}", unit="wave"):
+        prompts, limits = [problem.ids for _, problem in block], (args.num_samples, s.max_completion_length)
         seed = common.step_seed(s.seed, data, temperature, block[0][0])
-        prompts, limits = [problem.ids for _, problem in block], (s.max_completion_length, temperature)
-        rollouts = common.sample(model, tokenizer, prompts, draws, *limits, s.max_rollout_tokens, seed=seed)
+        rollouts = common.sample(model, tokenizer, prompts, *limits, temperature, s.max_rollout_tokens, seed=seed)
         records = []
         for j, (index, problem) in enumerate(block):
-            rows, kl = slice(j * draws, (j + 1) * draws), None
-            part = common.Rollouts(
-                *(x[rows] for x in (rollouts.ids, rollouts.attention_mask, rollouts.mask, rollouts.lengths))
-            )
+            rows = slice(j * args.num_samples, (j + 1) * args.num_samples)
+            tensors = (rollouts.ids, rollouts.attention_mask, rollouts.mask, rollouts.lengths)
+            part, kl = common.Rollouts(*(tensor[rows] for tensor in tensors)), None
             if start is not None:
                 kl = common.kl_between(model, start, part, s.micro_batch_tokens, temperature or 1.0)
-                kl *= n // draws * int(part.lengths.sum())
-            answers = dict(
-                texts=rollouts.texts[rows],
-                token_ids=[ids[mask.bool()].tolist() for ids, mask in zip(part.ids, part.mask)],
-                finished=rollouts.finished[rows].tolist(),
-                entropy=(rollouts.entropy[rows] * part.mask)
-                .sum(1)
-                .tolist(),  # nats, summed over the tokens of an answer
-            )
-            answers = {name: values * (n // draws) for name, values in answers.items()}
-            record = dict(problem=index, prompt=problem.prompt, gold=problem.answer, prompt_ids=problem.ids, **answers)
-            records.append(record | dict(kl=kl))  # nats, summed over all tokens of the n answers
+            record = dict(problem=index, prompt=problem.prompt, gold=problem.answer, prompt_ids=problem.ids)
+            record["texts"] = rollouts.texts[rows]
+            record["token_ids"] = [ids[mask.bool()].tolist() for ids, mask in zip(part.ids, part.mask)]
+            record["finished"] = rollouts.finished[rows].tolist()
+            record["entropy"] = rollouts.entropy[rows].sum(1).tolist()  # nats, summed over the tokens of an answer
+            record["kl"] = kl  # nats per token, over all tokens of the record
+            records.append(record)
         common.append_jsonl(path, records)
 
 
@@ -408,9 +401,7 @@ def measure(records, ks):
     for record in records:
         rewards, lengths = grade_record(record), [len(ids) for ids in record["token_ids"]]
         boxes = [common.last_boxed(text) if done else None for text, done in zip(record["texts"], record["finished"])]
-        groups = group_answers(
-            [box if box and len(box) <= 2000 else None for box in boxes]
-        )  # the limit of common.grade
+        groups = group_answers([box if box and len(box) <= 2000 else None for box in boxes])  # what common.grade reads
         n, right = len(rewards), rewards.count(1.0)
         values[f"avg@{n}"].append(right / n)
         for k in ks:
@@ -420,13 +411,13 @@ def measure(records, ks):
         values["truncated_share"].append(1 - sum(record["finished"]) / n)
         values["self_bleu"].append(self_bleu(record["texts"]))
         values["repetition_5"].append(sum(map(repetition, record["token_ids"])) / n)
-        totals.update(tokens=sum(lengths), entropy=sum(record["entropy"]))
-        totals["kl_to_start"] += math.nan if record["kl"] is None else record["kl"]
+        kl = math.nan if record["kl"] is None else record["kl"] * sum(lengths)
+        totals.update(tokens=sum(lengths), entropy=sum(record["entropy"]), kl_to_start=kl)
     return values, totals
 
 
 def score(measured, seed):
-    """What `measure` gave, a list with one element per data set -> dict of figures (None where undefined) and intervals."""
+    """What `measure` gave, an element per data set -> dict of figures (None where undefined) with intervals."""
     row = dict(problems=sum(len(values["response_length"]) for values, _ in measured), intervals={})
     for name in measured[0][0]:
         groups = [values[name] for values, _ in measured]
@@ -442,14 +433,19 @@ def score(measured, seed):
 PROBES = ("logit_statistics", "gradient_variance")
 
 
+def probe_file(path, name):
+    """Where a probe of the model behind a sample file is kept, so that --rescore needs no model."""
+    return path.with_name(f"{path.stem}--{name}.json")
+
+
 def probe(name, entry, path, temperature, args, load):
-    """One of PROBES on the first --probe_problems problems of a sample file; kept beside it, for --rescore."""
-    kept = path.with_name(f"{path.stem}--{name}.json")
+    """One of PROBES, on the first --probe_problems problems of a sample file, all answers. -> dict."""
+    kept = probe_file(path, name)
     if kept.is_file() and json.loads(kept.read_text())["problems"] == args.probe_problems:
         return json.loads(kept.read_text())
     if args.rescore:
         raise common.UserError(f"{kept}: not made for {args.probe_problems} problems; run without --rescore first")
-    records = list(itertools.islice(read_samples(path), 1, 1 + args.probe_problems))
+    records = list(itertools.islice(read_samples(path)[1], args.probe_problems))
     model, tokenizer = load(entry.path)
     prompts = [record["prompt_ids"] for record in records for _ in record["texts"]]
     completions = [ids for record in records for ids in record["token_ids"]]
@@ -460,7 +456,7 @@ def probe(name, entry, path, temperature, args, load):
         rewards = torch.tensor([grade_record(record) for record in records], dtype=torch.float64)
         squares, mean_square = gradient_moments(model, rollouts, rewards, temperature)
         found = gradient_variance(squares, rewards, rollouts.lengths.view(rewards.shape).cpu(), mean_square)
-    common.write_json(kept, dict(found, problems=args.probe_problems))
+    common.write_json(kept, found | dict(problems=args.probe_problems))
     return json.loads(kept.read_text())
 
 
@@ -494,41 +490,45 @@ COLOURS = ("black", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 STYLES = list(zip(COLOURS, ("-", "--", "-.", ":", "-", "--"), ("o", "s", "^", "D", "v", "P")))
 
 
-def draw_panels(path, labels, panels, ticks=None):
-    """A figure of panels with one legend. panels: (title, xlabel, ylabel, lines, faint); lines: label -> (x, y, intervals or
-    None), faint: label -> (x, y), drawn without marks. ticks: the positions of a logarithmic x axis."""
+def draw_panels(path, labels, panels, ticks=None, note=""):
+    """A figure of panels with one legend. panels: (title, xlabel, ylabel, lines, faint); lines: label -> (x, y,
+    intervals or None); faint: label -> (x, y), without marks. ticks: the positions of a logarithmic x axis."""
     from matplotlib.figure import Figure
 
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(1 + 4.2 * columns, 0.8 + 3.1 * rows), layout="constrained", dpi=130)
-    handles = {}
-    for axis, (title, xlabel, ylabel, lines, faint) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels):
-        for label, (colour, line, marker) in zip(labels, itertools.cycle(STYLES)):
+    figure, handles = Figure((1 + 4.2 * columns, 0.8 + 3.1 * rows), layout="constrained", dpi=130), {}
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=bool(ticks)).flat
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (title, xlabel, ylabel, lines, faint) in zip(axes, panels):
+        for i, (label, (colour, line, mark)) in enumerate(zip(labels, itertools.cycle(STYLES))):
             if label in faint:
-                axis.plot(*faint[label], color=colour, linewidth=0.8, alpha=0.4)
+                axis.plot(*faint[label], color=colour, linestyle=line, linewidth=0.8, alpha=0.5)
             if label in lines:
                 x, y, intervals = lines[label]
                 errors = intervals and list(zip(*((v - low, high - v) for v, (low, high) in zip(y, intervals))))
-                style = dict(color=colour, linestyle=line, marker=marker, markersize=5, capsize=3)
+                x = [v * 1.02 ** (2 * i + 1 - len(labels)) for v in x] if ticks else x  # so that no interval is hidden
+                style = dict(color=colour, linestyle=line, marker=mark, markersize=5, capsize=2)
                 handles[label] = axis.errorbar(x, y, errors, **style)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.grid(alpha=0.3)
         if ticks:
             axis.set_xscale("log", base=2)
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    figure.suptitle(note, fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)))
     figure.savefig(path)
 
 
 def draw_results(folder, labels, results, args):
-    """pass_at_k.png, a panel per data set and temperature; temperatures.png, where there are several: a panel per data set."""
+    """pass_at_k.png: a panel per data set and temperature. temperatures.png, of several: a panel per data set."""
 
-    def points(rows, names, x):  # -> label -> (x, values, intervals), over the names of one row or the rows of one name
-        pairs = {
-            label: [(r[n], r["intervals"][n]) for r in rows if r["model"] == label for n in names] for label in labels
-        }
-        return {label: (x, *zip(*found)) for label, found in pairs.items()}
+    def points(rows, names, x):  # -> label -> (x, values, intervals): the names of one row, or the rows of one name
+        found = {label: [] for label in labels}
+        for row, name in itertools.product(rows, names):
+            found[row["model"]].append((row[name], row["intervals"][name]))
+        return {label: (x, *zip(*pairs)) for label, pairs in found.items()}
 
     avg, panels, sweeps = f"avg@{args.num_samples}", [], []
     for data in dict.fromkeys(row["data"] for row in results):
@@ -542,8 +542,8 @@ def draw_results(folder, labels, results, args):
         draw_panels(folder / "temperatures.png", labels, sweeps)
 
 
-def draw_training(path, runs):
-    """The training curves of all runs (label -> run folder): marks on held-out problems, faint lines on training batches."""
+def draw_training(path, labels, runs):
+    """Training curves of runs (label -> run folder): accuracy, entropy, length and KL against steps."""
     panels = []
     for ylabel, batch, held_out in (
         ("accuracy", "accuracy", "eval_accuracy"),
@@ -552,35 +552,34 @@ def draw_training(path, runs):
         ("KL to the starting model (nats per token)", "", "kl_to_start"),
     ):
         faint, lines = {}, {}
-        for label, run in runs.items():
-            with open(run / "metrics.jsonl", encoding="utf-8") as file:
-                records = list(map(json.loads, file))
-            for name, curves in ((batch, faint), (held_out, lines)):
-                points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-                if points:
-                    curves[label] = (*zip(*points), None)
-        panels.append(("", "step", ylabel, faint | lines, {label: curve[:2] for label, curve in faint.items()}))
-    draw_panels(path, list(runs), panels)
+        for (label, run), (name, curves) in itertools.product(runs.items(), ((batch, faint), (held_out, lines))):
+            records = common.read_log(run / "metrics.jsonl")
+            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            if points:
+                curves[label] = list(zip(*points))
+        panels.append(("", "step", ylabel, {label: (*curve, None) for label, curve in (faint | lines).items()}, faint))
+    draw_panels(path, labels, panels, note="marks: held-out problems at temperature 1; faint: training batches")
 
 
 def draw_logits(path, statistics):
-    """Histograms of raw logits, a panel per model (label -> what `logit_statistics` gave); the first model's outline in all."""
+    """Histograms of the logits, a panel per model (label -> `logit_statistics`); the first model's outline in all."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 0.8 + 1.6 * len(statistics)), layout="constrained", dpi=130)
+    figure = Figure((7, 0.8 + 1.7 * len(statistics)), layout="constrained", dpi=130)
     axes = figure.subplots(len(statistics), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     width = 2 * EDGE / BINS
     centres = [-EDGE + (i + 0.5) * width for i in range(BINS)]
     density = {label: [c / s["count"] / width for c in s["histogram"]] for label, s in statistics.items()}
+    shown = [x for x, *values in zip(centres, *density.values()) if max(values) > 1e-4]
     for axis, (label, s) in zip(axes, statistics.items()):
-        axis.bar(centres, density[label], width, color="0.75")
+        axis.fill_between(centres, density[label], step="mid", color="0.75", linewidth=0)
         axis.step(centres, density[next(iter(density))], where="mid", color="black", linewidth=1)
         axis.axvline(s["mean"], color="#D55E00", linewidth=1.5, linestyle="--")
         text = f"mean {s['mean']:.2f}\nsd {s['sd']:.2f}\nskewness {s['skewness']:.2f}"
         axis.text(0.98, 0.92, text, transform=axis.transAxes, ha="right", va="top", fontsize=9)
-        axis.set(title=label, ylabel="density")
-    shown = [x for x, *values in zip(centres, *density.values()) if max(values) * width > 1e-4]
-    axes[-1].set(xlabel="raw logit, whole vocabulary (line: the first model)", xlim=(min(shown), max(shown)))
+        # The tail, where the probable tokens are, is a thousandth of the bulk and makes the skewness: logarithmic.
+        axis.set(title=label, ylabel="density", yscale="log", ylim=(1e-4, None), xlim=(shown[0], shown[-1]))
+    axes[-1].set_xlabel(f"raw logit, whole vocabulary (dashed: mean; outline: {next(iter(density))})")
     figure.savefig(path)
 
 
@@ -588,17 +587,17 @@ def draw_gradients(path, variances):
     """Bars of the variance under each baseline relative to none, a group per model (label -> `gradient_variance`)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.5 + 2.2 * len(variances), 3.8), layout="constrained", dpi=130)
-    axis = figure.subplots()
-    for i, (name, shade) in enumerate(zip(list(next(iter(variances.values())))[:4], ("1", "0.8", "0.5", "0.2"))):
+    figure = Figure((2.5 + 2 * len(variances), 3.8), layout="constrained", dpi=130)
+    axis, names = figure.subplots(), [name for name in next(iter(variances.values())) if name != "problems"]
+    for i, (name, shade) in enumerate(zip(names, ("1", "0.8", "0.5", "0.2"))):
         heights = [values[name] / (values["no baseline"] or 1) for values in variances.values()]
         places = [group + 0.2 * i for group in range(len(variances))]
-        axis.bar_label(
-            axis.bar(places, heights, 0.2, color=shade, edgecolor="black", label=name), fmt="%.2f", fontsize=8
-        )
+        bars = axis.bar(places, heights, 0.2, color=shade, edgecolor="black", label=name)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
     axis.set_xticks([group + 0.3 for group in range(len(variances))], variances)
     axis.set_ylabel("variance of one answer's policy\ngradient, relative to no baseline")
-    figure.legend(loc="outside lower center", ncols=4)
+    axis.margins(y=0.1)
+    figure.legend(loc="outside lower center", ncols=4 if len(variances) > 1 else 2)
     figure.savefig(path)
 
 
@@ -617,108 +616,96 @@ def parse(argv=None):
     parser.error = fail
     add = parser.add_argument
     add("models", nargs="+", help="run folders, checkpoints, model folders, hub ids, or 'embedded'")
-    add(
-        "--data",
-        nargs="+",
-        help="held-out problems, as for the training scripts (default for embedded models: arithmetic)",
-    )
+    add("--data", nargs="+", help="held-out problems, as for the training scripts (default if embedded: arithmetic)")
     add(
         "--num_problems",
         type=int,
-        help="the first so many of each data set; 0: all (default: 256 of arithmetic, else all)",
+        help="the first so many of a data set; 0: all (default: 256 of arithmetic, else all)",
     )
     add("--num_samples", type=int, default=32, help="answers per problem (n)")
     add("--ks", type=int, nargs="+", help="k of pass@k and maj@k, at most n (default: those of 1 2 4 8 16 32)")
     add("--temperatures", type=float, nargs="+", default=[1.0], help="of sampling, one or several; 0 is greedy")
-    add(
-        "--rescore",
-        action="store_true",
-        help="repeat this command's numbers and figures from its samples, without a model",
-    )
+    add("--rescore", action="store_true", help="repeat this command's numbers from its samples, without any model")
     add("--overwrite", action="store_true", help="sample again although samples are there")
     add("--logit_statistics", action="store_true", help="also mean, sd, skewness and histogram of the raw logits")
     add("--gradient_variance", action="store_true", help="also the policy gradient's variance under four baselines")
-    add("--probe_problems", type=int, default=16, help="problems for these two, of the first data set and temperature")
+    add("--probe_problems", type=int, default=16, help="problems for these two, of the first data, hottest")
     add("--output_dir", default="runs/evaluation", help="folder of samples, results.json, results.md and figures")
     add("--seed", type=int, default=0, help="of sampling and of the bootstrap")
     for field in dataclasses.fields(common.RunArgs):
         if field.name in SHARED:
-            known = typing.get_args(field.type) or None
-            text = field.metadata["help"] + (" (default: as the runs were trained)" if field.name in REPEATED else "")
-            add(f"--{field.name}", type=type(field.default), choices=known, help=text)
+            text = field.metadata["help"] + (" (default: as the runs were trained)" if field.name in FOLLOWED else "")
+            add(f"--{field.name}", type=type(field.default), choices=typing.get_args(field.type) or None, help=text)
     args = parser.parse_args(argv)
     args.ks = sorted(set(args.ks or [k for k in (1, 2, 4, 8, 16, 32) if k <= args.num_samples]))
-    for name, low in (("num_samples", 1), ("probe_problems", 1), ("num_problems", 0), ("temperatures", 0), ("seed", 0)):
+    args.temperatures = sorted(set(args.temperatures))
+    for name, low in (("num_samples", 1), ("probe_problems", 1), ("num_problems", 0), ("temperatures", 0)):
         value = getattr(args, name)
-        if value is not None and min([value] if isinstance(value, int) else value) < low:
+        if value is not None and not min([value] if isinstance(value, int) else value) >= low:
             fail(f"--{name} {value}: must be {low} or more")
     for k in args.ks:
         pass_at_k(args.num_samples, 0, k)  # raises where k does not fit
-    if args.gradient_variance and (args.num_samples < 2 or args.temperatures[0] == 0):
-        fail("--gradient_variance: takes 2 or more --num_samples at a first temperature above 0")
-    if not args.data and not all(map(common.is_embedded, args.models)):
-        fail("--data: needed; only embedded models have a default")
-    args.data = args.data or ["arithmetic"]
+    if args.rescore and args.overwrite:
+        fail("--rescore and --overwrite: choose one")
+    if args.gradient_variance and (args.num_samples < 2 or args.temperatures[-1] == 0):
+        fail("--gradient_variance: takes 2 or more --num_samples and a temperature above 0")
     return args
 
 
 def main(args):
-    if "embedded" in args.models and not common.EMBEDDED_MODEL.exists():
+    if "embedded" in args.models and not args.rescore:
         import sft
 
-        sft.main(sft.Args())
+        sft.ensure_embedded()
     entries, folder = read_entries(args), Path(args.output_dir)
-    labels, sets = [entry.label for entry in entries], dict(zip(labels_of(args.data), args.data))
+    if not args.data and not all(map(common.is_embedded, args.models)):
+        raise common.UserError("--data: needed; only embedded models have a default")
+    args.data = args.data or ["arithmetic"]
+    labels = [entry.label for entry in entries]
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     measured, probed = {}, {name: {} for name in PROBES if getattr(args, name)}
     for entry in entries:
         load = functools.cache(lambda path, s=entry.settings: common.load_model(path, s.device, s.dtype))
         for data, t in itertools.product(args.data, args.temperatures):
-            name = "--".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in (entry.path, data, f"T{t:g}"))
-            path = folder / "samples" / f"{name}.jsonl"
+            parts = (re.sub(r"[^\w.-]+", "_", part).strip("_") for part in (entry.path, data, f"T{t:g}"))
+            path = folder / "samples" / ("--".join(parts) + ".jsonl")
             if args.overwrite:
                 path.unlink(missing_ok=True)
             if args.rescore:
                 check_header(path, dict(num_samples=args.num_samples))
             else:
                 draw(entry, path, data, t, args, load)
-            samples = itertools.islice(read_samples(path, problem_limit(args, data)), 1, None)
-            measured[entry.label, data, t] = measure(samples, args.ks)
-            for name in probed if (data, t) == (args.data[0], args.temperatures[0]) else ():
+            measured[entry.label, data, t] = measure(read_samples(path, problem_limit(args, data))[1], args.ks)
+            for name in probed if (data, t) == (args.data[0], args.temperatures[-1]) else ():
                 probed[name][entry.label] = probe(name, entry, path, t, args, load)
 
-    results = []
-    sets = {label: [data] for label, data in sets.items()} | ({"mean": args.data} if len(args.data) > 1 else {})
+    results, sets = [], {label: [data] for label, data in zip(labels_of(args.data), args.data)}
+    sets |= {"mean": args.data} if len(sets) > 1 else {}
     for t, data, label in itertools.product(args.temperatures, sets, labels):
         figures = score([measured[label, source, t] for source in sets[data]], args.seed)
         results.append(dict(model=label, data=data, temperature=t, samples=args.num_samples, **figures))
-    avg, most = f"avg@{args.num_samples}", args.ks[-1]
-    columns = {name: (name, 3) for name in dict.fromkeys((avg, f"pass@{most}", f"maj@{most}"))}
+    columns = {name: (name, 3) for name in (f"avg@{args.num_samples}", f"pass@{args.ks[-1]}", f"maj@{args.ks[-1]}")}
     columns |= {"length": ("response_length", 1), "truncated": ("truncated_share", 3), "entropy": ("entropy", 3)}
     columns |= {"KL": ("kl_to_start", 4), "Self-BLEU": ("self_bleu", 3), "Rep-5": ("repetition_5", 3)}
-    main_table = results_table(results, columns)
-    by_k = results_table(results, {f"{name}@{k}": (f"{name}@{k}", 3) for name in ("pass", "maj") for k in args.ks})
-    text = [main_table, by_k]
-    for name, models in probed.items():
-        names = [key for key in next(iter(models.values())) if key not in ("histogram", "problems")]
-        text.append(
-            table([["model", *names], *([label, *(f"{m[key]:.4g}" for key in names)] for label, m in models.items())])
-        )
-    print("\n".join([main_table, *text[2:]]))
-    (folder / "results.md").write_text("\n".join(text), encoding="utf-8")
-    moments = {
-        n: {l: {k: v for k, v in m.items() if k != "histogram"} for l, m in ms.items()} for n, ms in probed.items()
-    }
-    common.write_json(folder / "results.json", dict(command=vars(args), results=results, **moments))
+    tables = [results_table(results, columns)]
+    for models in probed.values():
+        names = [name for name in next(iter(models.values())) if name != "histogram"]
+        rows = [[label, *(f"{found[name]:.4g}" for name in names)] for label, found in models.items()]
+        tables.append(table([["model", *names], *rows]))
+    print("\n".join(tables) + f"±: half of the 95% bootstrap interval over problems; all in {folder}/results.json")
+    every_k = {name: (name, 3) for kind in ("pass", "maj") for name in (f"{kind}@{k}" for k in args.ks)}
+    tables.insert(1, results_table(results, every_k))
+    (folder / "results.md").write_text("\n".join(tables), encoding="utf-8")
+    common.write_json(folder / "results.json", dict(command=vars(args), results=results, **probed))
+
     draw_results(folder, labels, results, args)
     runs = {entry.label: entry.run for entry in entries if entry.run}
     if runs:
-        draw_training(folder / "training_curves.png", runs)
-    if "logit_statistics" in probed:
+        draw_training(folder / "training_curves.png", labels, runs)
+    if args.logit_statistics:
         draw_logits(folder / "logits.png", probed["logit_statistics"])
-    if "gradient_variance" in probed:
+    if args.gradient_variance:
         draw_gradients(folder / "gradient_variance.png", probed["gradient_variance"])
-    print(f"{folder}: results.json, results.md, figures, samples/")
 
 
 if __name__ == "__main__":

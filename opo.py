@@ -104,7 +104,7 @@ def main(args):
         # A completion with advantage 0 has no gradient: it is skipped, but counted.
         live = [row for row, a in enumerate(A.flatten().tolist()) if a != 0]
         model.train()
-        sums, grad_norm = Counter(), None
+        sums, grad_norm = Counter(tokens=0, trained_entropy=0.0), None
         tokens = rollouts.mask.sum()  # the normaliser, known before the first backward
         for rows in common.micro_batches(rollouts, live, args.micro_batch_tokens):
             mask = rollouts.mask[rows]
@@ -120,7 +120,6 @@ def main(args):
         run.lap("optimizer")
 
         # 3. Log; then evaluate and save where due.
-        trained_tokens = sums.pop("tokens", 0)
         run.log(
             step,
             problems,
@@ -131,7 +130,7 @@ def main(args):
                 phase="whole",
                 grad_norm=grad_norm,
                 optimizer_steps=int(bool(live)),
-                **{name: value / trained_tokens for name, value in sums.items()},
+                **common.per_token(sums),
                 **common.logp_gap(rollouts, old_logps, live),
             ),
         )

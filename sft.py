@@ -32,12 +32,12 @@ from common import option
 EMBEDDED = dict(
     output_dir=str(common.EMBEDDED_MODEL),
     system_prompt="",
-    max_steps=1200,
+    max_steps=1500,
     num_prompts=32,
     learning_rate=5e-3,
     micro_batch_tokens=1024,
     gradient_checkpointing=False,
-    save_steps=300,
+    save_steps=500,
     save_total_limit=1,
     eval_steps=0,
 )

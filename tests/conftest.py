@@ -1,7 +1,7 @@
-"""Shared by all tests: tiny models, a throw-away trained model, and two ways to run a script (in process, as a command).
+"""Shared by all tests: tiny models, a throw-away trained model, and two ways to run a script (in process, as command).
 
-No test needs a network or a GPU, and none writes outside its own temporary folder. A test that takes long carries the mark
-`slow` and runs only with `pytest -m slow`.
+No test needs a network or a GPU, and none writes outside its own temporary folder. A test that takes long carries the
+mark `slow` and runs only with `pytest -m slow`.
 
     model = tiny_model("llama", tied=False)              # random weights, eval mode; also "qwen2", "qwen3"
     def test(model_folder, data): ...                    # a trained model's folder, and a JSONL file of its problems
@@ -43,8 +43,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def clean_surroundings(tmp_path, monkeypatch):
-    """Every test runs in its own empty folder, and gets the signal handlers back that a training run replaces."""
+    """Every test runs in its own empty folder, and gets the signal handlers back that a training run replaces.
+
+    Curves are drawn by the commands that test_scripts.py starts; in process, drawing would take longer than training.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "draw_curves", lambda folder: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -63,10 +67,10 @@ FAMILIES = {
 
 
 def tiny_model(family="qwen3", tied=True, seed=0, **overrides):
-    """A random fp32 model in evaluation mode: 4 blocks, width 32, two query heads per key-value head, embedded vocabulary.
+    """A random fp32 model in evaluation mode: 4 blocks, width 32, two query heads per key-value head, embedded tokens.
 
-    All weights are far from their usual start (norms are not 1, biases not 0, logits spread over several nats), so that a
-    forgotten norm, bias or temperature shows.
+    All weights are far from their usual start (norms are not 1, biases not 0, logits spread over several nats), so that
+    a forgotten norm, bias or temperature shows.
     """
     config_class, model_class = FAMILIES[family]
     settings = dict(
@@ -152,6 +156,7 @@ SMALL = dict(
     max_steps=2,
     num_prompts=2,
     num_generations=4,
+    num_minibatches=1,
     max_completion_length=10,
     learning_rate=1e-3,
     save_steps=0,
@@ -183,7 +188,7 @@ def run_script(script, *options, timeout=120):
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory, model_folder, data):
-    """The folder of a finished bupo run: 4 steps, 2 of them internal, a checkpoint after each, evaluated at 0, 2 and 4."""
+    """The folder of a finished bupo run: 4 steps, 2 of them internal, a checkpoint after each, evaluated at 0, 2, 4."""
     import bupo
 
     folder = tmp_path_factory.mktemp("run") / "bupo"

@@ -1,4 +1,4 @@
-"""The lens: the state of any block, who gets a gradient when only its policy is trained, and log-probs without logits."""
+"""The lens: the state of any block, who gets a gradient when its policy is trained, and log-probs without logits."""
 
 import copy
 
@@ -39,7 +39,7 @@ def difference(a, b, mask):
 @SIDES
 @torch.no_grad()
 def test_last_block_with_norm_is_what_the_head_reads(family, tied, side):
-    """A lens that stops a block early, norms twice or forgets the mask or the positions disagrees with the model's logits."""
+    """A lens that stops a block early, norms twice or forgets mask or positions disagrees with the model's logits."""
     model = tiny_model(family, tied)
     ids, attention_mask, positions = ragged(side)
     logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=positions).logits
@@ -55,7 +55,7 @@ def test_last_block_with_norm_is_what_the_head_reads(family, tied, side):
 @SIDES
 @torch.no_grad()
 def test_layer_k_is_the_raw_stream_after_block_k(family, tied, side):
-    """Off by one block, or a norm applied to the raw state: internal policies no longer compare with anybody's results."""
+    """Off by one block, or a norm applied to the raw state: internal policies compare with nobody's results."""
     model = tiny_model(family, tied)
     ids, attention_mask, positions = ragged(side)
     inputs = dict(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
@@ -86,7 +86,7 @@ def test_positions_count_real_tokens_only(side):
 
 @pytest.mark.parametrize("layer", [-1, 4, 99])
 def test_layer_out_of_range_is_an_error(layer):
-    """Python would take -1 for the last block and slice 99 down to it: another policy than the one asked for is trained."""
+    """Python would take -1 for the last block and slice 99 down to it: not the policy that was asked for."""
     with pytest.raises(common.UserError, match="0 to 3"):
         common.hidden_states(tiny_model(), *ragged("right")[:2], layer=layer)
 
@@ -127,7 +127,7 @@ def internal_loss(model, ids, attention_mask, layer, norm=False):
 
 @TIED
 def test_phase_one_leaves_everything_above_the_block_alone(tied):
-    """Weight decay or old moments move blocks that no gradient reaches: zero gradients instead of none, and no test of it."""
+    """Weight decay or old moments move blocks that no gradient reaches: a zero gradient is not no gradient."""
     model = tiny_model(tied=tied)
     optimizer = common.Optimizer(model, common.RunArgs(learning_rate=1e-2, weight_decay=0.1))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -146,7 +146,7 @@ def test_phase_one_leaves_everything_above_the_block_alone(tied):
 @RECOMPUTED
 @pytest.mark.parametrize("norm", [False, True], ids=["raw", "normed"])
 def test_early_exit_has_the_gradient_of_a_full_forward_pass(tied, checkpointing, norm):
-    """A cut made by no_grad, or one that a recomputed block does not see, trains by another gradient than the paper's."""
+    """A cut made by no_grad, or one that a recomputed block does not see, trains by another gradient."""
     model = tiny_model(tied=tied)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -193,7 +193,8 @@ def scored_three_ways(temperature, chunks, monkeypatch, head_bias=False):
             logps, entropy = distribution.log_prob(targets), distribution.entropy()
         else:
             logps, entropy = common.token_logps(model, hidden, targets, temperature)
-        gradients = torch.autograd.grad((torch.stack([logps, entropy]) * weights).sum(), [hidden, *model.lm_head.parameters()])
+        value = (torch.stack([logps, entropy]) * weights).sum()
+        gradients = torch.autograd.grad(value, [hidden, *model.lm_head.parameters()])
         results.append((logps, entropy, gradients))
     return results
 
@@ -202,7 +203,7 @@ def scored_three_ways(temperature, chunks, monkeypatch, head_bias=False):
 @pytest.mark.parametrize("chunks", [False, True], ids=["at_once", "in_chunks"])
 @pytest.mark.parametrize("head_bias", [False, True], ids=["no_bias", "bias"])
 def test_token_logps_are_those_of_the_textbook(temperature, chunks, head_bias, monkeypatch):
-    """A missing temperature, a chunk lost or out of order, or an entropy without gradient: em.py minimizes the entropy."""
+    """A missing temperature, a chunk lost or out of order, an entropy without gradient: em.py minimizes it."""
     torch.manual_seed(0)
     (logps, entropy, gradients), textbook = scored_three_ways(temperature, chunks, monkeypatch, head_bias)
     assert logps.shape == entropy.shape == (3, 13) and logps.dtype == entropy.dtype == torch.float32
@@ -221,9 +222,10 @@ def saved_for_backward(function):
 
 
 def test_no_logits_are_kept_for_the_backward_pass(monkeypatch):
-    """Full logits are what runs out of memory: 20 GB a copy at 16 x 2048 tokens of Qwen3. The backward recomputes them."""
+    """Full logits are what runs out of memory: 20 GB a copy at 16 x 2048 tokens of Qwen3."""
     B, T, V = 4, 64, len(TOKENIZER)
-    model, hidden, targets = tiny_model(), torch.randn(4, 64, 32, requires_grad=True), torch.zeros(4, 64, dtype=torch.long)
+    model, hidden = tiny_model(), torch.randn(B, T, 32, requires_grad=True)
+    targets = torch.zeros(B, T, dtype=torch.long)
     assert saved_for_backward(lambda: torch.log_softmax(model.lm_head(hidden), -1)) == B * T * V  # the probe sees them
     for chunk in (2**26, 8 * V):
         monkeypatch.setattr(common, "CHUNK_LOGITS", chunk)

@@ -27,7 +27,7 @@ LENGTHS = torch.tensor([[1, 2, 3, 4], [5, 1, 1, 1], [2, 2, 1, 1]])
 
 @SCRIPTS
 def test_advantages_by_hand(script):
-    """The biased standard deviation, a baseline over the batch instead of the group, or one that includes the sample."""
+    """The biased standard deviation, a baseline over the batch instead of the group, or one that is left out."""
     a, b = 0.5 / math.sqrt(1 / 3), 0.5  # std of [1,0,0,1] with n - 1: sqrt(1/3); of [1,0,0,0]: 1/2
     expected = {
         "group_normalised": [[a, -a, -a, a], [0.75 / b, -0.25 / b, -0.25 / b, -0.25 / b], [0.0] * 4],
@@ -52,7 +52,8 @@ def test_advantages_against_a_float64_reference(script, estimator):
     for P, G in ((1, 2), (3, 5), (4, 16)):
         rewards = torch.rand(P, G, generator=generator)
         lengths = torch.randint(1, 9, (P, G), generator=generator)
-        every_token = [r for rs, ns in zip(rewards.tolist(), lengths.tolist()) for r, n in zip(rs, ns) for _ in range(n)]
+        pairs = zip(rewards.flatten().tolist(), lengths.flatten().tolist())
+        every_token = [reward for reward, length in pairs for _ in range(length)]
         A = script.advantages(rewards, lengths, estimator).tolist()
         for p, g in itertools.product(range(P), range(G)):
             row = rewards[p].tolist()
@@ -70,7 +71,7 @@ def test_advantages_against_a_float64_reference(script, estimator):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("reward, G", [(1.0, 8), (0.0, 8), (0.95, 7), (0.01, 12), (0.1, 3)])
 def test_equal_rewards_give_exactly_no_advantage(script, estimator, reward, G):
-    """The float mean of seven 0.95 is not 0.95: the noise over its own std is a confident push in a random direction."""
+    """The float mean of seven 0.95 is not 0.95: noise over its own std is a confident push at random."""
     A = script.advantages(torch.full((3, G), reward), torch.randint(1, 9, (3, G)), estimator)
     assert not A.any()
 
@@ -131,7 +132,7 @@ def reference_loss(logps, old_logps, advantages, mask, args, ref_logps):
 @pytest.mark.parametrize("per_token", [False, True], ids=["advantage_per_row", "advantage_per_token"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_loss_against_a_float64_reference(script, per_token, beta):
-    """A mean where a sum is meant (it depends on the micro-batch), padding in the loss, or the KL of the wrong direction."""
+    """A mean where a sum is meant (it depends on the micro-batch), padding in the loss, or the KL the wrong way."""
     generator = torch.Generator().manual_seed(0)
     logps, old_logps, ref_logps = (2 * torch.randn(6, 9, generator=generator) - 3 for _ in range(3))
     A = torch.randn(6, 9 if per_token else 1, generator=generator)
@@ -169,7 +170,7 @@ def test_huge_log_prob_gaps_keep_gradients_finite(script, A, gap):
 
 @SCRIPTS
 def test_on_policy_gradient_is_reinforce(script):
-    """With old_logps = logps.detach() the ratio is 1 and the gradient -A: a detached numerator would give none at all."""
+    """With old_logps = logps.detach() the ratio is 1, the gradient -A: a detached numerator would give none."""
     generator = torch.Generator().manual_seed(0)
     logps = (torch.randn(5, 7, generator=generator) - 3).requires_grad_()
     A, mask = torch.randn(5, 1, generator=generator), (torch.rand(5, 7, generator=generator) < 0.7).float()
@@ -183,19 +184,19 @@ def test_reference_term_is_the_kl():
     policy, reference = (torch.log_softmax(torch.randn(1, 6, generator=generator), -1) for _ in range(2))
     zero = torch.zeros(1, 1)
     expected = float((policy.exp() * (policy - reference)).sum())
-    found = sum(
-        policy[0, v].exp() * grpo.loss(policy[:, [v]], policy[:, [v]], zero, zero + 1, args_of(beta=1.0), reference[:, [v]])[0]
-        for v in range(6)
-    )
-    assert float(found) == pytest.approx(expected, rel=1e-5) and expected > 0.1
+    found = 0.0
+    for v in range(6):
+        logps, ref_logps = policy[:, [v]], reference[:, [v]]
+        found += float(logps.exp() * grpo.loss(logps, logps, zero, zero + 1, args_of(beta=1.0), ref_logps)[0])
+    assert found == pytest.approx(expected, rel=1e-5) and expected > 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Exact enumeration: the estimator's expectation is the gradient of the expected reward
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A policy small enough to write down: 4 tokens, of which 0 ends the answer; at most 3 tokens. A row of logits for each of
-# the 1 + 3 + 9 prefixes without end token, and a random reward for each of the 40 completions.
+# A policy small enough to write down: 4 tokens, of which 0 ends the answer; at most 3 tokens. A row of logits for each
+# of the 1 + 3 + 9 prefixes without end token, and a random reward for each of the 40 completions.
 PREFIXES = [p for n in range(3) for p in itertools.product((1, 2, 3), repeat=n)]
 COMPLETIONS = [(*p, v) for p in PREFIXES for v in range(4) if v == 0 or len(p) == 2]
 STATES = torch.tensor([[PREFIXES.index(y[:t]) if t < len(y) else 0 for t in range(3)] for y in COMPLETIONS])  # [40, 3]
@@ -225,7 +226,7 @@ def expected_reward(weight, rewards, temperature):
 
 
 def expected_gradient(script, estimator, temperature, loss_temperature, baseline=True):
-    """The estimator's gradient averaged over all 40 x 40 groups of two samples -> (average, exact gradient to compare with)."""
+    """The estimator's gradient averaged over all 40 x 40 groups of two samples -> (average, exact)."""
     model, n = Table(), len(COMPLETIONS)
     rewards = torch.rand(n, generator=torch.Generator().manual_seed(2))
     _, probabilities, exact = expected_reward(model.head.weight, rewards, temperature)
@@ -257,13 +258,13 @@ def test_expected_estimate_is_the_gradient_of_the_expected_reward(script, temper
 
 
 def test_enumeration_notices_bugs():
-    """The same comparison with three well-known mistakes put in: each must be far off, or it could not have been seen."""
+    """The same comparison with well-known deviations put in: each must be far off, or it could not be seen."""
     found, exact = expected_gradient(grpo, "leave_one_out", temperature=0.6, loss_temperature=1.0)
     assert relative_error(found, exact) > 0.1  # sampled at 0.6, log-probs taken at 1
     found, exact = expected_gradient(grpo, "group_centred", 1.0, 1.0)
     assert relative_error(found, exact / 2) < 1e-6  # a mean that includes the sample itself shrinks it by (G - 1) / G
     found, exact = expected_gradient(grpo, "group_normalised", 1.0, 1.0)
-    assert relative_error(found / found.norm(), exact / exact.norm()) > 0.1  # std: another direction, a choice and no bug
+    assert relative_error(found / found.norm(), exact / exact.norm()) > 0.1  # another direction: a choice, no bug
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,10 +310,10 @@ def same_gradients(a, b, tolerance=1e-6):
 @pytest.mark.parametrize("script, internal", [(grpo, {}), (bupo, {"internal_steps": 1, "internal_layer": 1})])
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_micro_batches_do_not_change_the_gradient(script, internal, minibatches, model_folder, data, watch):
-    """A mean of means: results that change with the memory at hand. The normaliser is the whole mini-batch's token count."""
-    settings = dict(num_prompts=4, num_minibatches=minibatches, max_steps=1, learning_rate=0.0, overwrite=True) | internal
+    """A mean of means: results that change with the memory at hand. The normaliser is the mini-batch's tokens."""
+    settings = dict(num_prompts=4, num_minibatches=minibatches, max_steps=1, learning_rate=0.0) | internal
     runs = [
-        watch(script, arguments(script, model_folder, data, micro_batch_tokens=budget, **settings))
+        watch(script, arguments(script, model_folder, data, micro_batch_tokens=budget, overwrite=True, **settings))
         for budget in (1, 60, 10**6)  # one row at a time, a few, all at once
     ]
     assert len(runs[0].gradients) == minibatches
@@ -322,12 +323,23 @@ def test_micro_batches_do_not_change_the_gradient(script, internal, minibatches,
             same_gradients(a, b, 5e-6 if internal else 1e-6)  # raw internal logits are larger, and so is their rounding
 
 
+def test_checkpointing_does_not_change_the_gradient(model_folder, data, watch):
+    """Recomputing the blocks saves memory and nothing else; in training mode it also drops the cache of the sampler."""
+    settings = dict(num_prompts=4, max_steps=2, overwrite=True)
+    stored, recomputed = (
+        watch(bupo, arguments(bupo, model_folder, data, gradient_checkpointing=checkpointing, **settings))
+        for checkpointing in (False, True)
+    )
+    assert torch.equal(stored.rollouts[0].ids, recomputed.rollouts[0].ids)
+    same_gradients(stored.gradients[0], recomputed.gradients[0])
+
+
 @pytest.mark.parametrize("estimator", ["group_normalised", "batch_whitened"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_one_step_is_the_objective(estimator, temperature, model_folder, data, watch):
     """The whole loop against ten lines of textbook: logits in full, every row included, the mean over all its tokens.
 
-    Rows without advantage are skipped by the loop; dropping their tokens from the denominator would be another objective.
+    Rows without advantage are skipped by the loop; dropping their tokens from the denominator is another objective.
     """
     settings = dict(num_prompts=6, max_steps=1, advantage=estimator, temperature=temperature)
     seen = watch(grpo, arguments(grpo, model_folder, data, **settings))
@@ -346,7 +358,7 @@ def test_one_step_is_the_objective(estimator, temperature, model_folder, data, w
 
 
 def test_internal_step_is_the_objective_of_the_block(model_folder, data, watch):
-    """Phase one against the textbook: raw state after block k times the head; rewards and samples of the whole policy."""
+    """Phase one against the textbook: raw state after block k times the head; samples of the whole policy."""
     steps = dict(num_prompts=6, max_steps=2, internal_steps=1, internal_layer=1)
     seen = watch(bupo, arguments(bupo, model_folder, data, **steps))
     rollouts, rewards = seen.rollouts[0], seen.rewards[0]
@@ -395,11 +407,10 @@ def test_reference_holds_the_policy_back(model_folder, data):
     """A reference that is trained along, or a beta that reaches nothing, lets the policy drift as far as without."""
     drift = {}
     for beta in (0.0, 100.0):
-        settings = dict(num_prompts=4, max_steps=6, learning_rate=3e-3, beta=beta, eval_steps=6, output_dir=f"beta{beta}")
-        grpo.main(arguments(grpo, model_folder, data, **settings))
+        settings = dict(num_prompts=4, max_steps=6, learning_rate=3e-3, beta=beta, eval_steps=6)
+        grpo.main(arguments(grpo, model_folder, data, output_dir=f"beta{beta}", **settings))
         records = [r for r in read_jsonl(f"beta{beta}/metrics.jsonl") if "kl_to_start" in r]
         drift[beta] = records[-1]["kl_to_start"]
     assert drift[100.0] < 0.5 * drift[0.0]
     kl = [r["reference_kl"] for r in read_jsonl("beta100.0/metrics.jsonl") if "reference_kl" in r]
     assert abs(kl[0]) < 1e-6 < kl[1] and len(kl) == 6
-

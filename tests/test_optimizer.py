@@ -12,7 +12,8 @@ import grpo
 
 
 def optimizer_for(model, **options):
-    return common.Optimizer(model, common.RunArgs(**dict(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1e9) | options))
+    plain = dict(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1e9)
+    return common.Optimizer(model, common.RunArgs(**plain | options))
 
 
 def give_gradients(model, step, scale=1.0):
@@ -27,7 +28,7 @@ def flat(tensors):
 
 
 def test_small_updates_survive_bf16():
-    """A bf16 weight of 0.02 plus 1e-6 is the same weight: without fp32 masters the reward stays flat and nobody knows why."""
+    """A bf16 weight of 0.02 plus 1e-6 is the same weight: without fp32 masters the reward just stays flat."""
     start = tiny_model().bfloat16()
     for parameter in start.parameters():
         parameter.data.mul_(0.1)  # as small as the weights of a real model
@@ -57,11 +58,10 @@ def test_small_updates_survive_bf16():
 def test_masters_move_bf16_weights_in_the_end():
     """Masters that never come back into the model would pass every test of the masters alone."""
     models = [torch.nn.Linear(64, 64, bias=False) for _ in range(2)]
-    models[0].weight.data = models[1].weight.data = 0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    models[0].weight.data = models[0].weight.data.bfloat16()
-    models[1].weight.data = models[0].weight.data.float()
-    start = models[1].weight.detach().clone()
-    ours, plain = optimizer_for(models[0], learning_rate=1e-6), torch.optim.AdamW(models[1].parameters(), 1e-6, weight_decay=0)
+    start = (0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+    models[0].weight.data, models[1].weight.data = start.clone(), start.float()
+    ours = optimizer_for(models[0], learning_rate=1e-6)
+    plain = torch.optim.AdamW(models[1].parameters(), 1e-6, weight_decay=0)
     for _ in range(500):
         for model in models:
             give_gradients(model, 0)
@@ -73,7 +73,7 @@ def test_masters_move_bf16_weights_in_the_end():
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_steps_are_those_of_adamw_with_clipping(tied):
-    """A clip per tensor, a norm that counts a tied matrix twice, or one taken after clipping: compare with torch's own."""
+    """A clip per tensor, a norm that counts a tied matrix twice, or one taken after clipping: torch's own tells."""
     model = tiny_model(tied=tied)
     reference = copy.deepcopy(model)
     optimizer = optimizer_for(model, weight_decay=0.1, max_grad_norm=1.0)
@@ -104,7 +104,8 @@ def test_no_gradient_means_untouched():
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (name == "lm_head.weight")
     after = optimizer.state_dict()["lm_head.weight"]
-    assert all(torch.equal(a, b) for a, b in zip(after["adam"]["state"][0].values(), moments["adam"]["state"][0].values()))
+    for name, tensor in after["adam"]["state"][0].items():
+        assert torch.equal(tensor, moments["adam"]["state"][0][name])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -145,7 +146,7 @@ def test_ten_broken_gradients_in_a_row_are_an_error():
 
 
 def test_broken_gradients_are_counted_and_said(model_folder, data, monkeypatch, capsys):
-    """A skipped update must be seen in the log and on the screen, and its nan must not make metrics.jsonl invalid JSON."""
+    """A skipped update must be seen in the log and on the screen, and its nan must not make the log invalid JSON."""
     real_loss = grpo.loss
     monkeypatch.setattr(grpo, "loss", lambda *a: (lambda value, m: (value * float("nan"), m))(*real_loss(*a)))
     grpo.main(arguments(grpo, model_folder, data, num_prompts=6))
@@ -169,7 +170,7 @@ def test_optimizer_on_the_host_gives_the_same_steps():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_restored_optimizer_continues_bit_for_bit(dtype):
-    """Moments, step counts or masters lost on resume: a kink in every curve. bf16 weights do not contain their masters."""
+    """Moments, step counts or masters lost on resume: a kink in every curve. bf16 weights do not hold their masters."""
     model = tiny_model().to(dtype)
     optimizer = optimizer_for(model, weight_decay=0.1)
     for step in range(3):

@@ -17,7 +17,7 @@ import sft
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_arithmetic_answers_are_right(split):
-    """A wrong gold answer teaches the mistake. Every intermediate result stays within two digits, as the teacher needs."""
+    """A wrong gold answer teaches the mistake. Every intermediate result has two digits at most."""
     problems = common.arithmetic(split, 500)
     assert len(problems) == len({p.prompt for p in problems}) == 500
     for p in problems:
@@ -34,7 +34,7 @@ def test_arithmetic_splits_are_disjoint():
     test = {p.prompt for seed in (0, 1, 2) for p in common.arithmetic("test", 1000, seed)}
     assert len(train) > 7000 and len(test) > 2500
     assert not train & test
-    assert [p.prompt for p in common.arithmetic("test", 50)] == [p.prompt for p in common.load_problems("arithmetic", "test", 50)]
+    assert common.arithmetic("test", 50) == common.load_problems("arithmetic", "test", 50)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ GOOD = b'{"problem": "1+2?", "answer": "3"}\n'
     ],
 )
 def test_malformed_lines_are_named(line, found, tmp_path):
-    """'KeyError: problem' in line 40,000 of a file helps nobody: say which file, which line, and what is there instead."""
+    """'KeyError: problem' in line 40,000 of a file helps nobody: say which file and line, and what is there."""
     (tmp_path / "data.jsonl").write_bytes(GOOD + b"\n" + GOOD + line + b"\n" + GOOD)
     with pytest.raises(common.UserError) as error:
         common.load_problems(f"{tmp_path}/data.jsonl")
@@ -111,7 +111,8 @@ def test_byte_order_mark_is_named_or_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["missing.jsonl", "no/such/set", "folder", "empty.jsonl", "hf://datasets/owner", "hf://datasets/o/n/f.jsonl"]
+    "source",
+    ["missing.jsonl", "no/such/set", "folder", "empty.jsonl", "hf://datasets/owner", "hf://datasets/o/n/f.jsonl"],
 )
 def test_missing_data_is_named(source, tmp_path):
     """A path with a typing error, an empty download, a machine without network: one line that says which."""
@@ -142,7 +143,7 @@ def test_system_prompt_goes_before_problems_that_have_none(tmp_path):
 
 
 def test_golds_that_cannot_be_parsed_are_listed(tmp_path, capsys):
-    """Answers the verifier cannot read are compared as text only; silently, they would be problems nobody ever solves."""
+    """Answers the verifier cannot read are compared as text only; unlisted, they are problems nobody solves."""
     rows = [{"problem": "?", "answer": "3"}, {"problem": "?", "answer": "}{"}]
     common.load_problems(str(write_jsonl(tmp_path / "data.jsonl", rows)))
     message = capsys.readouterr().err
@@ -158,14 +159,15 @@ def with_bos(tokenizer):
     """Like Llama's: the tokenizer puts a BOS before any text, and the chat template writes one, too."""
     bos = tokenizer.convert_tokens_to_ids("<|unk|>")
     tokenizer.bos_token = "<|unk|>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|unk|> $A", special_tokens=[("<|unk|>", bos)])
+    before_any_text = TemplateProcessing(single="<|unk|> $A", special_tokens=[("<|unk|>", bos)])
+    tokenizer.backend_tokenizer.post_processor = before_any_text
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     assert tokenizer("1")["input_ids"][0] == bos
     return tokenizer, bos
 
 
 def test_chat_template_is_used_once(tokenizer):
-    """A template rendered to text and tokenized again loses its marks or doubles them: the model sees no chat it knows."""
+    """A template rendered to text and tokenized again loses its marks or doubles them: no chat the model knows."""
     conversation = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "1+2="}]
     ids = common.encode(tokenizer, conversation)
     assert tokenizer.decode(ids) == "<|system|>Hi<|user|>1+2=<|assistant|>"
@@ -233,7 +235,8 @@ def test_trajectories_of_every_shape(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": "1+2?"}, {"response": "3"}, {"messages": MESSAGES}, {"prompt": "1", "response": 3}, {"text": "1+2=3"}]
+    "row",
+    [{"prompt": "1?"}, {"response": "3"}, {"messages": MESSAGES}, {"prompt": "1?", "response": 3}, {"text": "1+2=3"}],
 )
 def test_malformed_trajectories_are_named(row, tmp_path):
     """A conversation without an answer has nothing to imitate; training on the question instead goes unnoticed."""
@@ -245,7 +248,7 @@ def test_malformed_trajectories_are_named(row, tmp_path):
 
 
 def test_the_teacher_is_as_imperfect_as_it_says():
-    """A perfect teacher leaves nothing to amplify, a bad one nothing to find: the embedded lesson lives on these shares.
+    """A perfect teacher leaves nothing to amplify, a bad one nothing to find: the lesson lives on these shares.
 
     2000 draws with a fixed seed; the bounds are more than five standard deviations wide.
     """
@@ -266,7 +269,7 @@ def test_the_teacher_is_as_imperfect_as_it_says():
 
 
 def test_imitation_trains_the_end_token(tokenizer):
-    """Without the end token in the mask the model never learns to stop; with the prompt in it, it learns the questions."""
+    """Without the end token in the mask the model never learns to stop; with the prompt in it, it learns to ask."""
     trajectories = [sft.Trajectory("1+2?", "", "", [7, 8, 9], "ab"), sft.Trajectory("1?", "", "", [7], "abcd")]
     batch = sft.collate(tokenizer, trajectories, 0, "cpu")
     a, b, c, d, end = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "b", "c", "d", tokenizer.eos_token))

@@ -21,7 +21,7 @@ def several_ends(model, tokenizer):
 
 
 def alone(model, rollouts, row, temperature):
-    """Log-probs and entropies of one row's completion from the model's own logits: no padding, no cache, no code of ours."""
+    """Log-probs and entropies of one row's completion from the model's own logits: no padding, no cache."""
     n, length = len(PROMPTS[row // (len(rollouts.ids) // len(PROMPTS))]), int(rollouts.lengths[row])
     ids = rollouts.ids[row, : n + length]
     with torch.no_grad():
@@ -35,7 +35,7 @@ def alone(model, rollouts, row, temperature):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("pad_is_eos", [False, True], ids=["", "pad_is_eos"])
 def test_sampling_and_training_see_the_same_distribution(family, temperature, checkpointing, pad_is_eos, tokenizer):
-    """Temperature lost, cache dropped by checkpointing, padding by token id, dropout on: the ratio is wrong from step 1."""
+    """Temperature lost, cache dropped by checkpointing, padding by token id, dropout on: wrong from step 1."""
     model = tiny_model(family, attention_dropout=0.5)
     several_ends(model, tokenizer)
     if pad_is_eos:
@@ -58,10 +58,10 @@ def test_sampling_and_training_see_the_same_distribution(family, temperature, ch
 
 
 def test_mask_ends_with_the_first_end_token(tokenizer):
-    """No end token in the mask: the model never learns to stop. More than it: padding is trained. One stop token only: babble."""
+    """No end token in the mask: the model never learns to stop. More: padding is trained. One of several: babble."""
     model = tiny_model()
     several_ends(model, tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token  # masks by `ids != pad` would lose the end token, and the prompt's turn marks
+    tokenizer.pad_token = tokenizer.eos_token  # masks by `ids != pad` would lose it, and the prompt's turn marks
     rollouts = common.sample(model, tokenizer, PROMPTS, 16, 24, seed=0)
     last_tokens = set()
     for row, ids in enumerate(rollouts.ids.tolist()):
@@ -91,7 +91,7 @@ def test_end_at_the_length_limit_is_finished(tokenizer):
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_poisoned_generation_config_changes_nothing(temperature, tokenizer, tmp_path):
-    """top_k and penalties leak from a model's files into sampling; and save_pretrained refuses some of them after training."""
+    """top_k and penalties leak from a model's files into sampling; and save_pretrained refuses some, after training."""
     clean = tiny_model()
     clean.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -158,7 +158,7 @@ def test_waves_keep_to_their_budget(tokenizer, monkeypatch):
 
 
 def test_seed_decides_the_samples(tokenizer):
-    """A seed that is not wired in makes no run repeatable; one that is reset per wave draws the same answers again and again."""
+    """A seed that is not wired in makes no run repeatable; one that is reset per wave draws the same answers again."""
     model = tiny_model()
     torch.manual_seed(0)
     state = torch.get_rng_state()

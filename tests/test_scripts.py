@@ -61,9 +61,9 @@ def same(a, b):
 
 @pytest.mark.parametrize("script", ALGORITHMS)
 def test_command_leaves_everything_behind(script, model_folder, data):
-    """Scripts break at the seams: options nobody parses, files nobody writes, a model that no other program can load."""
-    several = {} if script == "em.py" else {"num_prompts": 6}
-    options = options_of(script, model_folder, data, save_steps=1, eval_steps=1, **several)
+    """Scripts break at the seams: options nobody parses, files nobody writes, a model nothing else can load."""
+    prompts = 1 if script == "em.py" else 6
+    options = options_of(script, model_folder, data, num_prompts=prompts, save_steps=1, eval_steps=1)
     done = run_script(script, *options)
     assert done.returncode == 0, done.stderr
     run = Path("run")
@@ -86,7 +86,7 @@ def test_command_leaves_everything_behind(script, model_folder, data):
     assert all(0 <= record["eval_greedy_accuracy"] <= 1 for record in evaluations)
 
     answers = read_jsonl(run / "completions.jsonl")
-    assert len(answers) == 2 * 4 * (1 if script == "em.py" else 6)
+    assert len(answers) == 2 * 4 * prompts
     for answer in answers:
         assert ANSWER <= set(answer)
         assert answer["answer"] == common.last_boxed(answer["text"])
@@ -242,7 +242,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("script, wrong, named", MISTAKES, ids=lambda v: "-".join(v) if isinstance(v, dict) else None)
 def test_a_mistake_ends_with_one_line(script, wrong, named, model_folder, data, monkeypatch, capfd):
-    """A traceback, or an hour of work before it, for a mistake that one line could have named; and no folder left behind."""
+    """A traceback, or an hour before it, for a mistake that one line could have named; and no folder left behind."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     Path("file").write_text("")
@@ -252,8 +252,8 @@ def test_a_mistake_ends_with_one_line(script, wrong, named, model_folder, data, 
         tiny_model().save_pretrained(name)
     TOKENIZER.save_pretrained("cut_off")
     (Path("cut_off") / "model.safetensors").write_bytes((Path("cut_off") / "model.safetensors").read_bytes()[:1000])
+    trajectories = write_jsonl(Path("trajectories.jsonl"), [{"prompt": "1", "response": "2"}] * 9)
     before = sorted(Path().rglob("*"))
-    trajectories = write_jsonl(Path(model_folder).parent / "t.jsonl", [{"prompt": "1", "response": "2"}] * 9)
     options = options_of(script, model_folder, trajectories if script == "sft.py" else data)
     capfd.readouterr()
     assert run_in_process(script, [*options, *command_line(**wrong)], monkeypatch) == 2
@@ -284,8 +284,8 @@ def test_training_into_the_model_folder_is_refused(model_folder, data):
 
 def test_one_generation_is_fine_without_a_group_baseline(model_folder, data):
     """REINFORCE++ whitens over the batch: a single sample per prompt is its usual setting, not a mistake."""
-    args = arguments(grpo, model_folder, data, num_generations=1, num_prompts=8, max_steps=1, advantage="batch_whitened")
-    grpo.main(args)
+    settings = dict(num_generations=1, num_prompts=8, max_steps=1, advantage="batch_whitened")
+    grpo.main(arguments(grpo, model_folder, data, **settings))
     assert read_jsonl("run/metrics.jsonl")[0]["grad_norm"] > 0
 
 

@@ -104,7 +104,7 @@ def test_common_knows_no_script():
 
 @pytest.mark.parametrize("name", [f for f in FILES if f != "common.py"])
 def test_scripts_do_not_lean_on_each_other(name):
-    """Three exceptions are meant, each inside the function that needs it; anything more and no file can be read alone."""
+    """Three exceptions are meant, each inside the function that needs it; with more, no file can be read alone."""
     allowed = {"sft", *{"bupo.py": ["analyze_entropy"], "evaluate.py": ["analyze_trajectory"]}.get(name, [])}
     found = {module: top for module, top in imports(name).items() if module in SCRIPTS}
     assert set(found) <= allowed

@@ -1,0 +1,402 @@
+"""Look inside: every number against brute force, the lens against the model, cost, memory, and the boundary layer."""
+
+import copy
+import json
+import math
+import runpy
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TOKENIZER, run_script, tiny_model, write_jsonl
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
+
+import analyze_entropy
+import common
+from analyze_entropy import analyze, boundary_layer, stages
+
+# All with two query heads per key-value head; Qwen3 with its norms on queries and keys, Qwen2 with biases.
+KINDS = pytest.mark.parametrize(
+    "family, tied", [("qwen3", True), ("qwen3", False), ("qwen2", True), ("llama", True), ("llama", False)]
+)
+
+
+def random_answers(n=5, longest=9, seed=0):
+    """n prompts and completions of random tokens and different lengths -> (prompts, completions, Rollouts)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length):
+        return torch.randint(6, len(TOKENIZER), (length,), generator=generator).tolist()
+
+    prompts = [tokens(2 + i % 4) for i in range(n)]
+    completions = [tokens(longest - i % longest) for i in range(n)]
+    return prompts, completions, common.assemble(prompts, completions, 0, "cpu")
+
+
+def left_padded(rollouts):
+    """The same rollouts with the padding in front."""
+    ids, attention_mask, mask = (torch.zeros_like(x) for x in (rollouts.ids, rollouts.attention_mask, rollouts.mask))
+    for row, real in enumerate(rollouts.attention_mask.bool()):
+        for old, new in ((rollouts.ids, ids), (rollouts.attention_mask, attention_mask), (rollouts.mask, mask)):
+            new[row, ids.shape[1] - int(real.sum()) :] = old[row, real]
+    return common.Rollouts(ids, attention_mask, mask, rollouts.lengths)
+
+
+def assert_same(result, expected, tolerance):
+    """Two results of `analyze`: the same names, and numbers no further apart than the tolerance."""
+    rows = list(zip([result, *result["layers"]], [expected, *expected["layers"]], strict=True))
+    for row, other in rows:
+        assert row.keys() - {"heat"} == other.keys() - {"heat"}
+        for name in row.keys() - {"heat", "layers"}:
+            assert abs(row[name] - other[name]) < tolerance, f"{name}: {row[name]} and {other[name]}"
+    for lens, heat in expected.get("heat", {}).items():
+        assert result["heat"][lens]["top"] == heat["top"]
+        for row, other in zip(result["heat"][lens]["entropy"], heat["entropy"], strict=True):
+            assert row == pytest.approx(other, abs=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every number, against brute force in double precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def brute_force(model, prompts, completions, temperature, answer):
+    """What `analyze` returns, by the textbook formulas: answer by answer without padding, every activation kept."""
+    model, kept = copy.deepcopy(model).double(), {}
+    blocks, head = model.model.layers, model.get_output_embeddings()
+    for k, block in enumerate(blocks):
+        for part in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
+
+            def keep(module, inputs, output, key=(k, part)):
+                kept[key] = output[0] if isinstance(output, tuple) else output
+
+            getattr(block, part).register_forward_hook(keep)
+    tokens = [[] for _ in blocks]  # per block, a dict of numbers per token
+    whole, depths = [], len(blocks) + 2
+    heat = {lens: {name: [[] for _ in range(depths)] for name in ("entropy", "top")} for lens in ("", "normed_")}
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        outputs = model(torch.tensor([prompt + completion]), output_hidden_states=True)
+        produced, target = slice(len(prompt) - 1, -1), torch.tensor(completion)
+        final = F.log_softmax(outputs.logits[0, produced] / temperature, -1)
+        final_entropy = torch.distributions.Categorical(logits=final).entropy()
+        whole += zip(final_entropy.tolist(), (final.argmax(-1) == target).tolist())
+        for k in range(len(blocks)):
+            pre, attn, mlp = outputs.hidden_states[k], kept[k, "self_attn"], kept[k, "mlp"]
+            states = dict(resid_pre=pre, resid_mid=pre + attn, resid_post=pre + attn + mlp, attn_out=attn, mlp_out=mlp)
+            states |= dict(attn_in=kept[k, "input_layernorm"], mlp_in=kept[k, "post_attention_layernorm"])
+            numbers = {}
+            for lens, apply in {"": lambda x: x, "normed_": model.model.norm}.items():
+                logps = {n: F.log_softmax(head(apply(x))[0, produced] / temperature, -1) for n, x in states.items()}
+                H = {name: torch.distributions.Categorical(logits=logp).entropy() for name, logp in logps.items()}
+                pi = logps["resid_post"]
+                numbers |= {f"{lens}entropy_{name}": value for name, value in H.items()}
+                numbers[f"{lens}dH_layer"] = H["resid_post"] - H["resid_pre"]
+                numbers[f"{lens}dH_attn"] = H["attn_out"] - H["attn_in"]
+                numbers[f"{lens}dH_ffn"] = H["mlp_out"] - H["mlp_in"]
+                numbers[f"{lens}kl_to_final"] = (pi.exp() * (pi - final)).sum(-1)
+                numbers[f"{lens}top_is_sampled"] = pi.argmax(-1) == target
+                if i == answer:
+                    for depth, name in ((0, "resid_pre"),) * (k == 0) + ((k + 1, "resid_post"),):
+                        heat[lens]["entropy"][depth] = H[name].tolist()
+                        heat[lens]["top"][depth] = logps[name].argmax(-1).tolist()
+                    heat[lens]["entropy"][-1], heat[lens]["top"][-1] = final_entropy.tolist(), final.argmax(-1).tolist()
+            numbers["cosine_attn_out"] = F.cosine_similarity(attn, pre, -1)[0, produced]
+            numbers["cosine_mlp_out"] = F.cosine_similarity(mlp, pre + attn, -1)[0, produced]
+            tokens[k] += [dict(zip(numbers, row)) for row in zip(*(value.tolist() for value in numbers.values()))]
+    layers = [
+        dict(layer=k) | {n: sum(t[n] for t in block) / len(block) for n in block[0]} for k, block in enumerate(tokens)
+    ]
+    entropy, top = (sum(values) / len(whole) for values in zip(*whole))
+    return dict(tokens=len(whole), final_entropy=entropy, final_top_is_sampled=top, layers=layers, heat=heat)
+
+
+@KINDS
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_every_number_is_that_of_brute_force(family, tied, temperature):
+    """A position too early or too late, a norm missing or of another block, a prompt or padding token that counts, a
+    temperature forgotten: each moves some number by far more than 1e-4."""
+    model, (prompts, completions, rollouts) = tiny_model(family, tied), random_answers()
+    result = analyze(model, rollouts, temperature, norm=True, answer=1)
+    assert_same(result, brute_force(model, prompts, completions, temperature, answer=1), 1e-4)
+
+
+@KINDS
+def test_last_block_with_final_norm_is_the_model_itself(family, tied):
+    """The one equality that catches a lens with another layer's norm (TransformerLens #1076)."""
+    model, (prompts, completions, rollouts) = tiny_model(family, tied), random_answers()
+    result = analyze(model, rollouts, norm=True)
+    own = []
+    for prompt, completion in zip(prompts, completions):
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].detach()
+        own += torch.distributions.Categorical(logits=logits).entropy().tolist()
+    last = result["layers"][-1]
+    assert last["normed_entropy_resid_post"] == pytest.approx(sum(own) / len(own), abs=1e-5)
+    assert result["final_entropy"] == pytest.approx(sum(own) / len(own), abs=1e-5)
+    assert last["normed_kl_to_final"] == pytest.approx(0.0, abs=1e-5)
+    assert last["kl_to_final"] > 0.01  # without its norm the last block is another policy
+
+
+def test_padding_batches_and_chunks_change_nothing(monkeypatch):
+    """Padding side, tokens per batch and positions per product are about time and memory, never about numbers."""
+    model, (_, _, rollouts) = tiny_model(), random_answers()
+    expected = analyze(model, rollouts, norm=True)
+    assert_same(analyze(model, left_padded(rollouts), norm=True), expected, 1e-5)
+    for micro_batch_tokens in (1, 4 * 20, 4 * 30):
+        assert_same(analyze(model, rollouts, norm=True, micro_batch_tokens=micro_batch_tokens), expected, 1e-5)
+        assert_same(analyze(model, left_padded(rollouts), 1.0, True, micro_batch_tokens), expected, 1e-5)
+    for chunk in (1, 7):
+        monkeypatch.setitem(analyze_entropy.CHUNK_TOKENS, "cpu", chunk)
+        assert_same(analyze(model, rollouts, norm=True), expected, 1e-5)
+
+
+def test_entropies_survive_large_logits():
+    """Raw logits of real models reach hundreds of nats, where a difference of large numbers would lose the entropy."""
+    model, (prompts, completions, rollouts) = tiny_model(tied=False), random_answers()
+    model.lm_head.weight.data *= 100
+    result, expected = analyze(model, rollouts), brute_force(model, prompts, completions, 1.0, 0)
+    for here, there in zip(result["layers"], expected["layers"]):
+        assert here["entropy_resid_post"] == pytest.approx(there["entropy_resid_post"], abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_forward_pass_and_one_projection_of_each_activation(monkeypatch):
+    """Per token: what each block reads twice and adds twice, the stream in its middle and behind it, the embedding, and
+    the whole policy. A second pass for the KL, or a stream projected as output and as input again, costs more."""
+    model, (_, completions, rollouts) = tiny_model(), random_answers()
+    L, passes, projected, head_logits = 4, [], [], common.head_logits
+    monkeypatch.setattr(common, "head_logits", lambda model, h: (projected.append(len(h)), head_logits(model, h))[1])
+    counter = model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    analyze(model, rollouts, micro_batch_tokens=L * 20)
+    counter.remove()
+    tokens = sum(map(len, completions))
+    assert sum(projected) == (6 * L + 2) * tokens
+    assert len(passes) == len(common.micro_batches(rollouts, range(5), 20)) > 1
+    projected.clear()
+    analyze(model, rollouts, norm=True)
+    assert (
+        sum(projected) == (12 * L + 2) * tokens
+    )  # the embedding normed, too; the last block normed is the whole policy
+    assert not any(part._forward_hooks for part in model.modules())  # none is left behind
+
+
+class Peak(TorchDispatchMode):
+    """Largest number of bytes in tensors that were made, and not yet freed, while this mode was on."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.bytes = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
+                self.live[x.untyped_storage()._cdata] = (
+                    StorageWeakRef(x.untyped_storage()),
+                    x.untyped_storage().nbytes(),
+                )
+        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self.live.values()))
+        return result
+
+
+def peak_bytes(L, answers, micro_batch_tokens):
+    model, rollouts = (
+        tiny_model(num_hidden_layers=L),
+        common.assemble([[7, 8]] * answers, [[9] * 8] * answers, 0, "cpu"),
+    )
+    with Peak() as peak:
+        analyze(model, rollouts, micro_batch_tokens=micro_batch_tokens)
+    return peak.bytes
+
+
+def test_peak_memory_is_flat_in_layers_and_samples():
+    """Activations are reduced behind their block, and the streams that have to wait share one budget."""
+    base = peak_bytes(L=2, answers=16, micro_batch_tokens=160)
+    assert peak_bytes(L=8, answers=16, micro_batch_tokens=160) < 1.1 * base
+    assert peak_bytes(L=2, answers=64, micro_batch_tokens=160) < 1.1 * base
+    assert peak_bytes(L=2, answers=64, micro_batch_tokens=10**6) > 3 * base  # this measure does see activations,
+    assert peak_bytes(L=8, answers=16, micro_batch_tokens=10**6) > 1.5 * base  # and the streams that wait
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which layer to train
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_boundary_layer_is_the_last_that_explores():
+    assert boundary_layer([1.5, 0.8, 0.3, 0.0, -0.01, -2.0]) == 2
+    assert boundary_layer([0.5, -1.0, 0.2, -1.0]) == 2  # the last one, whatever comes before
+    assert boundary_layer([0.1, 0.2, 0.1]) == 2
+    assert boundary_layer([4.0, 0.05, -10.0]) == 0  # a two-hundredth of the largest change is none
+    assert boundary_layer([0.04, 0.05, -0.1]) == 1  # but the same number counts where all changes are small
+    assert boundary_layer(torch.tensor([1.0, -1.0]).tolist()) == 0
+
+
+def test_stages_are_named_by_sign_beyond_the_tolerance():
+    assert stages([4.0, 0.1, -0.1, -10.0]) == ["exploration", "integration", "integration", "convergence"]
+    assert stages([0.0, 0.0]) == ["integration", "integration"]
+
+
+@pytest.mark.parametrize("changes", [[-1.0, -0.5], [0.0, 0.0], [0.001, -1.0]])
+def test_without_boundary_layer_the_message_asks_for_one(changes):
+    with pytest.raises(common.UserError, match="--internal_layer"):
+        boundary_layer(changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two random models with tokenizer in one run folder, as two checkpoints of the embedded kind."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in (20, 100):
+        tiny_model(seed=step, embedded=True, num_hidden_layers=3).save_pretrained(folder / f"checkpoint-{step}")
+        TOKENIZER.save_pretrained(folder / f"checkpoint-{step}")
+    return folder
+
+
+def run_main(*options):
+    analyze_entropy.main(analyze_entropy.parse(list(map(str, options))))
+    return json.loads(open("runs/entropy/entropy.json").read())
+
+
+def test_one_command_writes_numbers_and_figures(folders):
+    """As a user runs it, in the order of the shell: checkpoint-100 comes before checkpoint-20."""
+    paths = sorted(map(str, folders.iterdir()))
+    options = "--num_samples 3 --max_completion_length 5 --norm --output_dir out".split()
+    done = run_script("analyze_entropy.py", *paths, *options)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(open("out/entropy.json").read()))["models"]
+    assert first["model"].endswith("checkpoint-20") and second["model"].endswith("checkpoint-100")
+    names = {"entropy_resid_pre", "entropy_resid_mid", "entropy_resid_post", "entropy_attn_in", "entropy_attn_out"}
+    names |= {"entropy_mlp_in", "entropy_mlp_out", "dH_layer", "dH_attn", "dH_ffn", "kl_to_final", "top_is_sampled"}
+    names |= {f"normed_{name}" for name in names} | {"layer", "stage", "cosine_attn_out", "cosine_mlp_out"}
+    for k, here in enumerate(second["layers"]):
+        assert here.keys() == names and here["layer"] == k
+        assert all(math.isfinite(value) for name, value in here.items() if name != "stage")
+        assert f"\n{k:5d}{here['entropy_resid_post']:12.3f}{here['dH_layer']:12.3f}" in done.stdout
+    assert second["ln_vocab"] == pytest.approx(math.log(len(TOKENIZER)))
+    assert len(second["answer"]["lenses"][""]["entropy"]) == 5  # embedding, blocks 0 to 2, whole policy
+    assert {len(row) for row in second["answer"]["lenses"][""]["top"]} == {len(second["answer"]["tokens"])}
+    import matplotlib.image
+
+    for name in (
+        "1_flow",
+        "2_change",
+        "4_training",
+        *(f"3_answer_{p}" for p in (m["model"].replace("/", "_") for m in (first, second))),
+    ):
+        pixels = matplotlib.image.imread(f"out/{name}.png")
+        assert min(pixels.shape[:2]) > 300 and pixels.std() > 0.02  # large enough to read, and not blank
+
+
+def test_given_completions_are_looked_at_with_their_end_token(folders, tmp_path):
+    """A row of a run's completions.jsonl; the end token counts unless the answer was cut; one model's text for all."""
+    rows = [{"step": 1, "problem": "1+2=", "text": "\\boxed{3}", "answer": None}]
+    rows += [{"problem": [{"role": "user", "content": "4+5="}], "text": "4+5", "finished": False}]
+    options = ("--completions", write_jsonl(tmp_path / "answers.jsonl", rows))
+    result = run_main(folders / "checkpoint-20", *options, "--answer", 1)["models"][0]
+    assert result["tokens"] == 4 + 3 and result["answer"]["tokens"] == ["4", "+", "5"]
+    assert result["answer"]["prompt"].endswith("4+5=")
+    result = run_main(folders / "checkpoint-20", *options, "--num_samples", 1)["models"][0]
+    assert result["answers"] == 1 and result["answer"]["tokens"] == ["\\boxed{", "3", "}", "<|end|>"]
+
+
+def test_auto_layer_is_the_boundary_layer_of_the_starting_model(folders, monkeypatch):
+    """bupo.py's options are all it needs, and the answer depends on nothing but them."""
+    args = common.RunArgs(model=str(folders / "checkpoint-20"), system_prompt="", max_completion_length=5)
+    seen = []
+    monkeypatch.setattr(analyze_entropy, "boundary_layer", lambda changes: seen.append(changes) or 1)
+    assert [analyze_entropy.auto_layer(args), analyze_entropy.auto_layer(args)] == [1, 1]
+    assert len(seen[0]) == 3 and seen[0] == seen[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can go wrong
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def small(config_class, model_class, **settings):
+    sizes = dict(vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    return model_class(config_class(**sizes | settings)).eval()
+
+
+def test_a_model_of_another_build_is_refused_by_name(tmp_path):
+    """No list of blocks; blocks without the parts; parts of these names that do not add up to the stream."""
+    rollouts = random_answers()[2]
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(TOKENIZER), n_embd=16, n_layer=2, n_head=2, n_positions=64))
+    phi = small(PhiConfig, PhiForCausalLM)
+    phi.model.norm = phi.model.final_layernorm
+    gemma = small(Gemma2Config, Gemma2ForCausalLM)
+    for model, name in ((gpt2, "GPT2LMHeadModel"), (phi, "PhiForCausalLM"), (gemma, "Gemma2ForCausalLM")):
+        with pytest.raises(common.UserError, match=name):
+            analyze(model, rollouts)
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    TOKENIZER.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(common.UserError, match="GPT2LMHeadModel"):
+        run_main(tmp_path / "gpt2", "--data", "arithmetic")
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("not json", "not a JSON object"),
+        ('{"problem": "1+1="}', "no completion"),
+        ('{"problem": "1+1=", "text": 2}', "no completion"),
+        ('{"problem": "1+1=", "text": "", "finished": false}', "no completion"),
+        ('{"text": "2"}', "no problem"),
+        ('{"problem": "", "text": "2"}', "no problem"),
+        ("", "holds no completion"),
+    ],
+)
+def test_a_bad_completions_file_is_named_with_its_line(folders, tmp_path, row, words):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"problem": "1+1=", "text": "2"}\n' * bool(row) + row + "\n")
+    with pytest.raises(common.UserError, match=words) as error:
+        run_main(folders / "checkpoint-20", "--completions", path)
+    assert f"{path}:2" in str(error.value) or not row
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["no/such/folder", "--data", "arithmetic"], "no/such/folder"),
+        (["MODEL", "--data", "missing.jsonl"], "missing.jsonl"),
+        (["MODEL", "--completions", "missing.jsonl"], "missing.jsonl"),
+        (["MODEL", "--data", "arithmetic", "--completions", "x.jsonl"], "not allowed with"),
+        (["MODEL", "--num_samples", "0"], "--num_samples"),
+        (["MODEL", "--num_samples", "2", "--max_completion_length", "2", "--answer", "2"], "--answer"),
+        (["MODEL", "--temperature", "0"], "--temperature"),
+        (["MODEL", "--micro_batch_tokens", "0"], "--micro_batch_tokens"),
+        (["MODEL", "--nonsense"], "--nonsense"),
+        (["MODEL", "no_data_for_this_one"], "--data"),
+        (["MODEL", "--output_dir", "a_file"], "--output_dir"),
+    ],
+)
+def test_a_bad_command_is_told_in_one_line(folders, tmp_path, options, words):
+    (tmp_path / "a_file").touch()
+    with pytest.raises(common.UserError, match=words):
+        run_main(*(str(folders / "checkpoint-20") if option == "MODEL" else option for option in options))
+
+
+def test_a_user_error_is_one_line_and_exit_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["analyze_entropy.py", "no/such/folder", "--data", "arithmetic"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(analyze_entropy.__file__, run_name="__main__")
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and "no/such/folder" in last

@@ -1,0 +1,235 @@
+"""Resuming: an interrupted run continues as if nothing had happened, bit for bit, or says why it cannot."""
+
+import importlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, arguments, command_line, read_jsonl
+from safetensors.torch import load_file
+
+import bupo
+import common
+import grpo
+import sft
+
+ALGORITHMS = [name for name in ("grpo", "bupo", "opo") if (ROOT / f"{name}.py").exists()]
+
+
+def settings(script, model_folder, data, **options):
+    """Four steps with unequal rewards in each; bupo changes phase after the second."""
+    defaults = dict(max_steps=4, num_prompts=3, save_steps=1, save_total_limit=0, eval_steps=2)
+    defaults |= {"internal_steps": 2} if script is bupo else {}
+    return arguments(script, model_folder, data, **defaults | options)
+
+
+def stop_after(step, monkeypatch):
+    """Ctrl-C while this step is running."""
+    real_save = common.Run.save
+
+    def save(run, current):
+        if current == step:
+            signal.raise_signal(signal.SIGINT)
+        real_save(run, current)
+
+    monkeypatch.setattr(common.Run, "save", save)
+
+
+def learned(folder):
+    """Everything a run has learned and logged, without its clocks."""
+    records = read_jsonl(Path(folder) / "metrics.jsonl")
+    return (
+        {name: tensor.numpy().tobytes() for name, tensor in load_file(Path(folder) / "model.safetensors").items()},
+        [{name: value for name, value in record.items() if name not in common.VOLATILE} for record in records],
+        read_jsonl(Path(folder) / "completions.jsonl"),
+    )
+
+
+def assert_same(folder, other):
+    for ours, theirs in zip(learned(folder), learned(other), strict=True):
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("name, stop", [(name, 2) for name in ALGORITHMS] + [("bupo", 1), ("bupo", 3)])
+def test_resumed_run_is_the_uninterrupted_one(name, stop, model_folder, data, monkeypatch, capsys):
+    """Lost moments, repeated problems, the wrong phase or other random numbers: a kink in every curve."""
+    script = importlib.import_module(name)
+    script.main(settings(script, model_folder, data, output_dir="whole"))
+    with monkeypatch.context() as m:
+        stop_after(stop, m)
+        with pytest.raises(SystemExit) as end:
+            script.main(settings(script, model_folder, data, output_dir="cut"))
+    assert end.value.code == 130 and "resume" in capsys.readouterr().err.splitlines()[-1]
+    assert common.step_of(Path(f"cut/checkpoint-{stop}")) == stop and not Path("cut/model.safetensors").exists()
+    script.main(settings(script, model_folder, data, output_dir="cut"))
+    assert_same("cut", "whole")
+    steps = [record["step"] for record in read_jsonl("cut/metrics.jsonl") if "reward" in record]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_imitation_resumes_with_its_schedule(model_folder, data, monkeypatch):
+    """A warm-up that starts again, or a decay counted from the restart, is another schedule."""
+    trajectories = model_folder.parent / "trajectories.jsonl"
+    sft.main(settings(sft, model_folder, trajectories, eval_data=str(data), output_dir="whole"))
+    with monkeypatch.context() as m:
+        stop_after(2, m)
+        with pytest.raises(SystemExit):
+            sft.main(settings(sft, model_folder, trajectories, eval_data=str(data), output_dir="cut"))
+    sft.main(settings(sft, model_folder, trajectories, eval_data=str(data), output_dir="cut"))
+    assert_same("cut", "whole")
+
+
+def test_a_crash_loses_only_the_steps_since_the_checkpoint(model_folder, data, monkeypatch):
+    """Steps logged after the last checkpoint are trained again: their lines must not stand in the log twice."""
+    bupo.main(settings(bupo, model_folder, data, output_dir="whole"))
+    real_save = common.Run.save
+
+    def save(run, step):
+        if step == 3:
+            raise MemoryError("the machine goes down after the log, before the checkpoint")
+        real_save(run, step)
+
+    with monkeypatch.context() as m:
+        m.setattr(common.Run, "save", save)
+        with pytest.raises(MemoryError):
+            bupo.main(settings(bupo, model_folder, data, output_dir="cut", save_steps=2))
+    assert read_jsonl("cut/metrics.jsonl")[-1]["step"] == 3
+    with open("cut/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rewa')  # and a line that was being written
+    with open("cut/completions.jsonl", "ab") as file:
+        file.write('{"step": 3, "text": "\u00fc'.encode()[:-1])  # cut inside a character
+    bupo.main(settings(bupo, model_folder, data, output_dir="cut", save_steps=2))
+    assert_same("cut", "whole")
+
+
+def test_a_half_written_checkpoint_is_never_chosen(model_folder, data, monkeypatch):
+    """Killed while it was saving: the newest folder is the broken one, and resuming from it fails or, worse, works."""
+    grpo.main(settings(grpo, model_folder, data, output_dir="whole"))
+    with monkeypatch.context() as m:
+        stop_after(2, m)
+        with pytest.raises(SystemExit):
+            grpo.main(settings(grpo, model_folder, data, output_dir="cut"))
+    shutil.copytree("cut/checkpoint-2", "cut/checkpoint-3.tmp")
+    Path("cut/checkpoint-3.tmp/trainer_state.json").write_text('{"step": 3}')
+    Path("cut/checkpoint-9").mkdir()
+    (Path("cut/checkpoint-9") / "model.safetensors").write_bytes(b"half")
+    grpo.main(settings(grpo, model_folder, data, output_dir="cut"))
+    assert_same("cut", "whole")
+
+
+def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(model_folder, data, monkeypatch):
+    """A checkpoint written in place of the previous one: a kill in between leaves none at all."""
+    grpo.main(settings(grpo, model_folder, data, output_dir="whole"))
+    real_save, saves = torch.save, []
+
+    def save(*args, **kwargs):
+        saves.append(args)
+        if len(saves) == 3:
+            raise KeyboardInterrupt  # in the middle of the third checkpoint, weights on disk, optimizer not
+        real_save(*args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            grpo.main(settings(grpo, model_folder, data, output_dir="cut", save_total_limit=1))
+    grpo.main(settings(grpo, model_folder, data, output_dir="cut", save_total_limit=1))
+    assert_same("cut", "whole")
+    assert [path.name for path in Path("cut").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_finished_run_says_so_in_one_line(model_folder, data, capsys, monkeypatch):
+    """The same command twice must neither train again over the results nor end in an error."""
+    grpo.main(settings(grpo, model_folder, data))
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        grpo.main(settings(grpo, model_folder, data))
+    assert not end.value.code  # exit status 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1 and "--overwrite" in said.out and not said.err
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+
+
+def test_more_steps_continue_a_finished_run(model_folder, data):
+    """--max_steps raised afterwards gives the run that was long from the start."""
+    for steps in (2, 4):
+        grpo.main(settings(grpo, model_folder, data, max_steps=steps, save_steps=0, output_dir="grown"))
+    grpo.main(settings(grpo, model_folder, data, save_steps=0, output_dir="whole"))
+    assert_same("grown", "whole")
+
+
+def test_overwrite_trains_again(model_folder, data):
+    """Leftovers of the run before, a checkpoint say, must not find their way into the new one."""
+    grpo.main(settings(grpo, model_folder, data, output_dir="whole"))
+    grpo.main(settings(grpo, model_folder, data, seed=5, max_steps=6))
+    grpo.main(settings(grpo, model_folder, data, overwrite=True))
+    assert_same("run", "whole")
+    assert sorted(path.name for path in Path("run").glob("checkpoint-*")) == [f"checkpoint-{i}" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("learning_rate", 5e-4), ("seed", 1), ("num_prompts", 4), ("internal_steps", 3), ("temperature", 0.9)],
+)
+def test_another_option_is_another_run(name, value, model_folder, data, monkeypatch):
+    """Half a run at one learning rate and half at another, under one name: say which option differs, touch nothing."""
+    with monkeypatch.context() as m:
+        stop_after(2, m)
+        with pytest.raises(SystemExit):
+            bupo.main(settings(bupo, model_folder, data))
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    with pytest.raises(common.UserError, match=f"--{name} {value}"):
+        bupo.main(settings(bupo, model_folder, data, **{name: value}))
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+def test_bookkeeping_options_may_change(model_folder, data, monkeypatch):
+    """More steps, other evaluations, a smaller memory: none of them makes it another experiment."""
+    with monkeypatch.context() as m:
+        stop_after(2, m)
+        with pytest.raises(SystemExit):
+            bupo.main(settings(bupo, model_folder, data))
+    changes = dict(max_steps=5, save_steps=2, save_total_limit=1, eval_steps=5, eval_samples=1, micro_batch_tokens=64)
+    bupo.main(settings(bupo, model_folder, data, **changes))
+    records = [record for record in read_jsonl("run/metrics.jsonl") if "reward" in record]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert json.loads(Path("run/args.json").read_text())["max_steps"] == 5
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_seed_repeats_a_run_and_another_does_not(name, model_folder, data):
+    """Without this nobody can tell a change from luck; and one seed for all runs would hide the luck."""
+    script = importlib.import_module(name)
+    for folder, seed in (("first", 0), ("again", 0), ("other", 1)):
+        script.main(settings(script, model_folder, data, output_dir=folder, seed=seed, save_steps=0))
+    assert_same("first", "again")
+    assert learned("first")[1] != learned("other")[1] and learned("first")[0] != learned("other")[0]
+
+
+def test_checkpoints_beyond_the_limit_go(model_folder, data):
+    """Sixteen bytes a parameter and checkpoint: without a limit a long run fills the disk and dies saving."""
+    grpo.main(settings(grpo, model_folder, data, save_total_limit=2))
+    assert sorted(path.name for path in Path("run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(model_folder, data):
+    """SIGKILL, ten times at growing delays, then a last start: the same run as without."""
+    paths = dict(model=model_folder, data=data, eval_data=data)
+    numbers = dict(max_steps=40, num_prompts=6, num_generations=4, max_completion_length=10, learning_rate=1e-3)
+    numbers |= dict(internal_layer=1, internal_steps=20, save_steps=1, eval_steps=10)
+    options = command_line(**paths, **numbers)
+    for attempt in range(10):
+        process = subprocess.Popen([sys.executable, ROOT / "bupo.py", *options, "--output_dir", "cut"])
+        time.sleep(5 + 0.37 * attempt)
+        process.kill()
+        process.wait()
+    for folder in ("cut", "whole"):
+        subprocess.run([sys.executable, ROOT / "bupo.py", *options, "--output_dir", folder], check=True)
+    assert_same("cut", "whole")
