@@ -321,11 +321,14 @@ def draw_flow(results):
                 line(axis, i, n, ([len(values)], [result["final_entropy"]]), marker="*", markersize=13)
         for ceiling in {result["ln_vocab"] for result in results}:
             axis.axhline(ceiling, color="black", linestyle=":")
-            axis.text((L - 1) / 2, ceiling, f"uniform: ln|V| = {ceiling:.2f}", va="bottom", ha="center", fontsize=9)
-        over_blocks(axis, L, title=title + ("\nfinal norm applied" if lens else ""), xlim=(-1.5, L + 0.5))
+            place = dict(xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9)
+            axis.annotate(f"uniform: ln|V| = {ceiling:.2f}", ((L - 1) / 2, ceiling), **place)
+        limits = -1.5 - 0.03 * L, L + 0.5 + 0.03 * L
+        over_blocks(axis, L, title=title + ("\nfinal norm applied" if lens else ""), xlim=limits)
     axes[0][0].plot([], [], "k*", markersize=11, label="whole policy")
     axes[0][0].plot([], [], "ko", fillstyle="none", linestyle="", label="embedding, before block 0")
-    axes[0][0].set(ylabel="entropy (nats per token)", ylim=(None, 1.09 * max(result["ln_vocab"] for result in results)))
+    top = max(result["ln_vocab"] for result in results)
+    axes[0][0].set(ylabel="entropy (nats per token)", ylim=(-0.05 * top, 1.12 * top))
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
@@ -345,7 +348,8 @@ def draw_changes(results):
         axis.plot(ffn, "ks-", label="feed-forward: H[F_k] - H[what it read]")
         if k is not None:
             axis.axvline(k, color="black", linestyle=":")
-            axis.annotate(f" boundary layer: block {k}", (k, 0.97), xycoords=("data", "axes fraction"), va="top")
+            place = dict(xycoords=("data", "axes fraction"), va="top", ha="right" if 2 * k > len(layers) else "left")
+            axis.annotate(f" boundary layer: block {k} ", (k, 0.97), **place)
         limits = -0.5, len(layers) - 0.5
         over_blocks(axis, len(layers), title=result["model"], ylabel="entropy change (nats)", xlim=limits)
     stage = [Patch(facecolor=shade, edgecolor="0.6", label=f"{name} (by FFN)") for name, shade in SHADES.items()]
@@ -359,9 +363,9 @@ def draw_answer(result):
     from matplotlib.patches import Rectangle
 
     tokens, lenses, L = result["answer"]["tokens"], result["answer"]["lenses"], len(result["layers"])
-    fits, ceiling = len(tokens) <= 60, result["ln_vocab"]
-    width = max(8, 2.5 + 0.42 * len(tokens)) if fits else 14
-    figure, axes = panels(len(lenses), 1, width, (1.3 + 0.3 * L) * len(lenses))
+    fits, ceiling, below = len(tokens) <= 60, result["ln_vocab"], "position in the answer (tokens)"
+    width, height = (max(8, 2.5 + 0.42 * len(tokens)), 0.3) if fits else (14, 0.2)  # height of a row
+    figure, axes = panels(len(lenses), 1, width, (1 + height * (L + 2)) * len(lenses))
     for (lens, heat), axis in zip(lenses.items(), axes[:, 0]):
         # The lightness of this colour map rises with the value: it reads the same in grey.
         image = axis.imshow(heat["entropy"], aspect="auto", origin="lower", vmin=0, vmax=ceiling, cmap="viridis")
@@ -373,17 +377,16 @@ def draw_answer(result):
                 axis.add_patch(Rectangle((t - 0.46, depth - 0.44), 0.92, 0.88, fill=False, edgecolor=style["color"]))
         if fits:
             axis.set_xticks(range(len(tokens)), tokens, family="monospace", fontsize=8)
+            below = "sampled token; above it, the top tokens where it was produced, framed if the same"
         axis.set_yticks(range(L + 2), ["embedding", *(f"block {k}" for k in range(L)), "whole policy"], fontsize=8)
         title = f"{result['model']}: {result['answer']['prompt'][-80:]}" + (", final norm applied" if lens else "")
-        axis.set(
-            title=title, xlabel="sampled token; above it, the top tokens where it was produced, framed if the same"
-        )
+        axis.set(title=title, xlabel=below)
         figure.colorbar(image, ax=axis, label="entropy (nats)", pad=0.01)
     return figure
 
 
 def draw_training(start, later):
-    """What training changed: entropy after every block, dH_attn and dH_ffn of later models, minus those of the start."""
+    """What training changed: entropy after every block, dH_attn and dH_ffn of later models, minus the start's."""
     titles = {"entropy_resid_post": "entropy after block k", "dH_attn": "dH_attn", "dH_ffn": "dH_ffn"}
     figure, axes = panels(1, 3, 12, 4)
     for axis, (name, title) in zip(axes[0], titles.items()):
@@ -490,7 +493,9 @@ def main(args):
         print("\n" + table(results[-1]))
     common.write_json(folder / "entropy.json", dict(args=vars(args), models=results))
     figures = {"1_flow": draw_flow(results), "2_change": draw_changes(results)}
-    figures |= {"3_answer_" + re.sub(r"[^\w.-]+", "_", result["model"]): draw_answer(result) for result in results}
+    figures |= {
+        "3_answer_" + re.sub(r"[^\w.-]+", "_", result["model"]).strip("_"): draw_answer(result) for result in results
+    }
     alike = [result for result in results[1:] if len(result["layers"]) == len(results[0]["layers"])]
     figures |= {"4_training": draw_training(results[0], alike)} if alike else {}
     with warnings.catch_warnings():

@@ -33,9 +33,9 @@ EMBEDDED = dict(
     num_prompts=16,
     num_generations=16,
     num_minibatches=1,
-    learning_rate=1e-4,
+    learning_rate=2e-4,
     max_completion_length=64,
-    micro_batch_tokens=2048,
+    micro_batch_tokens=1024,
     gradient_checkpointing=False,
     save_total_limit=0,
     save_steps=20,
@@ -168,7 +168,7 @@ def main(args):
         run.lap("old_logps")
 
         # 3. One optimizer step per mini-batch of whole groups.
-        sums, grad_norms = Counter(tokens=0, trained_entropy=0.0, clip_share=0.0), []
+        sums = Counter(tokens=0, trained_entropy=0.0, clip_share=0.0)
         for minibatch in torch.arange(len(A_rows)).chunk(args.num_minibatches):
             tokens = rollouts.mask[minibatch].sum()  # the normaliser, known before the first backward
             minibatch_live = [row for row in live if minibatch[0] <= row <= minibatch[-1]]
@@ -188,7 +188,7 @@ def main(args):
                 sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
                 run.lap("backward")
             if minibatch_live:
-                grad_norms.append(optimizer.step())
+                optimizer.step()
             run.lap("optimizer")
 
         # 4. Log; then evaluate and save where due.
@@ -200,8 +200,7 @@ def main(args):
             A,
             dict(
                 phase="internal" if internal else "whole",
-                grad_norm=sum(grad_norms) / len(grad_norms) if grad_norms else None,
-                optimizer_steps=len(grad_norms),
+                **optimizer.summary(),
                 **common.per_token(sums),
                 **common.logp_gap(rollouts, old_logps, [] if internal else live),
             ),

@@ -322,7 +322,13 @@ def same_answer(gold, answer):
     """True if math-verify holds `answer` equal to `gold` (LaTeX without box). Not symmetric: gold comes first."""
     if gold == answer.strip():
         return True
-    return bool(math_verify(parsed_answer(gold), parsed_answer(answer), timeout_seconds=alarm_seconds()))
+    parsed = parsed_answer(gold), parsed_answer(answer)
+    if not math_verify(*parsed, timeout_seconds=alarm_seconds()):
+        return False
+    # math-verify compares numbers to 6 decimals, which holds all tiny ones equal: these must agree relatively, too.
+    numbers = [candidates[0].evalf() for candidates in parsed if getattr(candidates[0], "is_number", False)]
+    tiny = len(numbers) == 2 and 0 < abs(numbers[0]) < 1e-3
+    return not tiny or bool(abs(numbers[0] - numbers[1]) < 1e-6 * abs(numbers[0]))
 
 
 def grade(texts, problems, finished=None):
@@ -362,7 +368,7 @@ def load_model(path, device="auto", dtype="auto"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), use_safetensors=True)
         model.to(device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # of many kinds: a missing file, a cut-off one, an unknown architecture, no network
         raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); pass a model folder or a hub id")
     backbone_of(model)
     try:
@@ -398,20 +404,6 @@ def position_ids(attention_mask):
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-@contextlib.contextmanager
-def early_exit(backbone, layer, norm):
-    """The backbone cut after block `layer`, with or without its final norm, for one forward pass. Weights stay.
-
-    Nothing above the cut runs, is stored, is recomputed under gradient checkpointing or gets a gradient (grad None).
-    """
-    layers, final_norm = backbone.layers, backbone.norm
-    backbone.layers, backbone.norm = layers[: layer + 1], final_norm if norm else torch.nn.Identity()
-    try:
-        yield
-    finally:
-        backbone.layers, backbone.norm = layers, final_norm
-
-
 def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
     """The residual stream that a policy reads -> [B, T, D].
 
@@ -421,13 +413,18 @@ def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
     index k + 1 for every k < L-1 (its last entry is already normed). Raises UserError for a layer that is not there.
     """
     backbone = backbone_of(model)
-    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
-    if layer is None:
+    layers, final_norm = backbone.layers, backbone.norm
+    if layer is not None:
+        if not 0 <= layer < len(layers):
+            raise UserError(f"layer {layer}: this model has blocks 0 to {len(layers) - 1}")
+        # Cut the backbone for this one pass: nothing above block `layer` runs, is stored, is recomputed under gradient
+        # checkpointing, or gets a gradient. Its grad stays None, so that the optimizer leaves it as it is.
+        backbone.layers, backbone.norm = layers[: layer + 1], final_norm if norm else torch.nn.Identity()
+    try:
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
         return backbone(**inputs, use_cache=False).last_hidden_state
-    if not 0 <= layer < len(backbone.layers):
-        raise UserError(f"layer {layer}: this model has blocks 0 to {len(backbone.layers) - 1}")
-    with early_exit(backbone, layer, norm):
-        return backbone(**inputs, use_cache=False).last_hidden_state
+    finally:
+        backbone.layers, backbone.norm = layers, final_norm
 
 
 class HeadProduct(torch.autograd.Function):
@@ -628,7 +625,7 @@ class Optimizer:
     """
 
     def __init__(self, model, args):
-        self.max_grad_norm, self.skipped_in_a_row = args.max_grad_norm, 0
+        self.max_grad_norm, self.skipped_in_a_row, self.norms = args.max_grad_norm, 0, []
         self.parameters = dict(model.named_parameters())  # a tied matrix appears once
         self.masters, self.adam = {}, {}
         for name, parameter in self.parameters.items():
@@ -638,18 +635,23 @@ class Optimizer:
             self.adam[name] = torch.optim.AdamW([self.masters[name]], **options)
 
     def step(self, learning_rate=None):
-        """Clip, update, clear the gradients -> gradient norm before clipping. A non-finite gradient updates nothing and
-        is returned as it is; ten in a row raise UserError."""
+        """Clip, update, clear the gradients -> norm before clipping. learning_rate: from now on; None: as before.
+
+        A gradient that is not finite updates nothing; ten in a row raise UserError.
+        """
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads.values()]
-        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        norm = math.hypot(*(torch.linalg.vector_norm(grad, dtype=torch.float32).item() for grad in grads.values()))
+        self.norms.append(norm)
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row:
+            tqdm.write("warning: non-finite gradient, no update; if it stays, lower --learning_rate", file=sys.stderr)
         if self.skipped_in_a_row == 10:
             raise UserError("10 non-finite gradients in a row; lower --learning_rate, or try --dtype float32")
         for name, grad in grads.items() if math.isfinite(norm) else ():
             parameter, master, adam = self.parameters[name], self.masters[name], self.adam[name]
             master.grad = grad.to(master.device, torch.float32).mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
-            adam.param_groups[0]["lr"] = learning_rate or adam.param_groups[0]["lr"]
+            if learning_rate is not None:
+                adam.param_groups[0]["lr"] = learning_rate
             adam.step()
             if master is not parameter:
                 parameter.data.copy_(master)
@@ -657,6 +659,11 @@ class Optimizer:
         for parameter in self.parameters.values():
             parameter.grad = None
         return norm
+
+    def summary(self):
+        """Of the updates since the last summary: mean gradient norm before clipping (None without any), and number."""
+        norms, self.norms = [norm for norm in self.norms if math.isfinite(norm)], []
+        return dict(grad_norm=sum(norms) / len(norms) if norms else None, optimizer_steps=len(norms))
 
     def state_dict(self):
         """Masters and moments by parameter name."""
@@ -961,7 +968,7 @@ def append_jsonl(path, records):
 def read_log(path, step=math.inf):
     """The records of a JSONL log up to a step, as a list; [] without the file. A line cut off by a kill is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+    for line in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return [record for record in records if record["step"] <= step]
@@ -974,9 +981,8 @@ def write_json(path, value):
 
 def peak_memory_gb():
     """Peak GPU memory of this process, or its peak resident memory where there is no GPU, in 10^9 bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident) / 1e9
 
 
 def reporter(args):
@@ -996,23 +1002,20 @@ def draw_curves(folder):
     import matplotlib.pyplot as plt
 
     records = read_log(folder / "metrics.jsonl")
-    internal = [r["step"] for r in records if r.get("phase") == "internal"]
+    internal = max((record["step"] for record in records if record.get("phase") == "internal"), default=0)
     panels = {
-        "accuracy": {"accuracy": "training batch", "eval_accuracy": "held out", "eval_greedy_accuracy": "greedy"},
-        "entropy (nats per token)": {"entropy": "sampled policy", "": "", "trained_entropy": "trained policy"},
-        "response length (tokens)": {"response_length": "training batch", "eval_response_length": "held out"},
-        "KL to the starting model (nats per token)": {"": "", "kl_to_start": "held out"},
+        "accuracy": {"accuracy": "0.6", "eval_accuracy": "ko-", "eval_greedy_accuracy": "k^:"},
+        "entropy (nats per token)": {"entropy": "0.6", "eval_entropy": "ko-", "trained_entropy": "k--"},
+        "response length (tokens)": {"response_length": "0.6", "eval_response_length": "ko-"},
+        "KL to the starting model (nats per token)": {"kl_to_start": "ko-"},
     }
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
-    for axis, (title, lines) in zip(axes.flat, panels.items()):
-        for (name, label), style in zip(lines.items(), ("0.6", "ko-", "k--")):
-            points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points), style, label=label, markersize=4)
-        if internal:
-            axis.axvspan(0, max(internal), color="tab:orange", alpha=0.2, label="an internal policy is trained")
+    for axis, (title, styles) in zip(axes.flat, panels.items()):
+        for name, style in styles.items():
+            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            axis.plot([x for x, _ in points], [y for _, y in points], style, label=name, markersize=4)
+        axis.axvspan(0, internal, color="tab:orange", alpha=0.2, label="internal policy trained" if internal else None)
         axis.set(title=title, xlabel="step", ylim=(0, None))
-        if axis.lines:
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
     figure.savefig(folder / "curves.png", dpi=100)
     plt.close(figure)

@@ -37,7 +37,7 @@ EMBEDDED = dict(
     system_prompt="",
     learning_rate=1e-4,
     max_completion_length=64,
-    micro_batch_tokens=2048,
+    micro_batch_tokens=1024,
     gradient_checkpointing=False,
     save_steps=20,
 )
@@ -136,7 +136,7 @@ def main(args):
             (token_sum / tokens).backward()
             sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
             run.lap("backward")
-        grad_norm = optimizer.step()
+        optimizer.step()
         run.lap("optimizer")
 
         # 3. Keep the best step's model.
@@ -158,8 +158,8 @@ def main(args):
             None,
             dict(
                 phase="whole",
-                grad_norm=grad_norm,
                 validation_accuracy=validated,
+                **optimizer.summary(),
                 **common.per_token(sums),
                 **common.logp_gap(rollouts, old_logps, range(len(rollouts.ids))),
             ),

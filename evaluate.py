@@ -359,9 +359,9 @@ def draw(entry, path, data, temperature, args, load):
             find_run(entry.trained["model"])  # a folder that is gone is not looked up as a hub id
             start, _ = load(entry.trained["model"])
     except common.UserError as error:
-        print(f"note: {entry.label}: no KL, its starting model is gone ({error})", file=sys.stderr)
-    rows = s.max_rollout_tokens // (max(len(problem.ids) for problem in kept) + s.max_completion_length)
-    wave = max(1, rows // args.num_samples)
+        print(f"note: {entry.label}: no KL, its starting model cannot be loaded ({error})", file=sys.stderr)
+    longest = max(len(problem.ids) for problem in kept) + s.max_completion_length
+    wave = max(1, s.max_rollout_tokens // (longest * args.num_samples))
     blocks = [missing[i : i + wave] for i in range(0, len(missing), wave)]
     for block in tqdm(blocks, f"{entry.label}, {data}, temperature {temperature:g}", unit="wave"):
         prompts, limits = [problem.ids for _, problem in block], (args.num_samples, s.max_completion_length)
@@ -455,7 +455,7 @@ def probe(name, entry, path, temperature, args, load):
     else:
         rewards = torch.tensor([grade_record(record) for record in records], dtype=torch.float64)
         squares, mean_square = gradient_moments(model, rollouts, rewards, temperature)
-        found = gradient_variance(squares, rewards, rollouts.lengths.view(rewards.shape).cpu(), mean_square)
+        found = gradient_variance(squares, rewards, rollouts.lengths.view(rewards.shape).cpu().double(), mean_square)
     common.write_json(kept, found | dict(problems=args.probe_problems))
     return json.loads(kept.read_text())
 
@@ -617,11 +617,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("models", nargs="+", help="run folders, checkpoints, model folders, hub ids, or 'embedded'")
     add("--data", nargs="+", help="held-out problems, as for the training scripts (default if embedded: arithmetic)")
-    add(
-        "--num_problems",
-        type=int,
-        help="the first so many of a data set; 0: all (default: 256 of arithmetic, else all)",
-    )
+    add("--num_problems", type=int, help="the first so many of each data set; 0: all (default: arithmetic 256, else 0)")
     add("--num_samples", type=int, default=32, help="answers per problem (n)")
     add("--ks", type=int, nargs="+", help="k of pass@k and maj@k, at most n (default: those of 1 2 4 8 16 32)")
     add("--temperatures", type=float, nargs="+", default=[1.0], help="of sampling, one or several; 0 is greedy")
@@ -661,8 +657,11 @@ def main(args):
     if not args.data and not all(map(common.is_embedded, args.models)):
         raise common.UserError("--data: needed; only embedded models have a default")
     args.data = args.data or ["arithmetic"]
-    labels = [entry.label for entry in entries]
+    sets = {label: [data] for label, data in zip(labels_of(args.data), args.data)}
+    sets |= {"mean": args.data} if len(sets) > 1 else {}
     (folder / "samples").mkdir(parents=True, exist_ok=True)
+
+    # 1. Sample what is not there yet; then everything is computed from what is there.
     measured, probed = {}, {name: {} for name in PROBES if getattr(args, name)}
     for entry in entries:
         load = functools.cache(lambda path, s=entry.settings: common.load_model(path, s.device, s.dtype))
@@ -676,14 +675,16 @@ def main(args):
             else:
                 draw(entry, path, data, t, args, load)
             measured[entry.label, data, t] = measure(read_samples(path, problem_limit(args, data))[1], args.ks)
+            if not measured[entry.label, data, t][0]:
+                raise common.UserError(f"{path}: holds no answer yet; run this command without --rescore first")
             for name in probed if (data, t) == (args.data[0], args.temperatures[-1]) else ():
                 probed[name][entry.label] = probe(name, entry, path, t, args, load)
+    results = []
+    for t, data, entry in itertools.product(args.temperatures, sets, entries):
+        figures = score([measured[entry.label, source, t] for source in sets[data]], args.seed)
+        results.append(dict(model=entry.label, data=data, temperature=t, samples=args.num_samples, **figures))
 
-    results, sets = [], {label: [data] for label, data in zip(labels_of(args.data), args.data)}
-    sets |= {"mean": args.data} if len(sets) > 1 else {}
-    for t, data, label in itertools.product(args.temperatures, sets, labels):
-        figures = score([measured[label, source, t] for source in sets[data]], args.seed)
-        results.append(dict(model=label, data=data, temperature=t, samples=args.num_samples, **figures))
+    # 2. Tables: one on the screen, all in results.md.
     columns = {name: (name, 3) for name in (f"avg@{args.num_samples}", f"pass@{args.ks[-1]}", f"maj@{args.ks[-1]}")}
     columns |= {"length": ("response_length", 1), "truncated": ("truncated_share", 3), "entropy": ("entropy", 3)}
     columns |= {"KL": ("kl_to_start", 4), "Self-BLEU": ("self_bleu", 3), "Rep-5": ("repetition_5", 3)}
@@ -692,16 +693,21 @@ def main(args):
         names = [name for name in next(iter(models.values())) if name != "histogram"]
         rows = [[label, *(f"{found[name]:.4g}" for name in names)] for label, found in models.items()]
         tables.append(table([["model", *names], *rows]))
-    print("\n".join(tables) + f"±: half of the 95% bootstrap interval over problems; all in {folder}/results.json")
+    labels = [entry.label for entry in entries]
+    counts = {label: [row["problems"] for row in results if row["model"] == label] for label in labels}
+    tell_differences("different problems", {label: tuple(found) for label, found in counts.items()})
+    asked = ", ".join(f"{count} problems of {data}" for data, count in zip(args.data, counts[labels[0]]))
+    print("\n".join(tables) + f"{asked}; ±: half of the 95% bootstrap interval over problems; more in {folder}")
     every_k = {name: (name, 3) for kind in ("pass", "maj") for name in (f"{kind}@{k}" for k in args.ks)}
     tables.insert(1, results_table(results, every_k))
     (folder / "results.md").write_text("\n".join(tables), encoding="utf-8")
     common.write_json(folder / "results.json", dict(command=vars(args), results=results, **probed))
 
+    # 3. Figures.
     draw_results(folder, labels, results, args)
-    runs = {entry.label: entry.run for entry in entries if entry.run}
+    runs = {entry.run: entry.label for entry in reversed(entries) if entry.run}  # a run and its checkpoints: one curve
     if runs:
-        draw_training(folder / "training_curves.png", labels, runs)
+        draw_training(folder / "training_curves.png", labels, {label: run for run, label in runs.items()})
     if args.logit_statistics:
         draw_logits(folder / "logits.png", probed["logit_statistics"])
     if args.gradient_variance:

@@ -34,9 +34,9 @@ EMBEDDED = dict(
     max_steps=80,
     num_prompts=16,
     num_generations=16,
-    learning_rate=1e-4,
+    learning_rate=2e-4,
     max_completion_length=64,
-    micro_batch_tokens=2048,
+    micro_batch_tokens=1024,
     gradient_checkpointing=False,
     save_total_limit=0,
     save_steps=20,
@@ -104,7 +104,7 @@ def main(args):
         # A completion with advantage 0 has no gradient: it is skipped, but counted.
         live = [row for row, a in enumerate(A.flatten().tolist()) if a != 0]
         model.train()
-        sums, grad_norm = Counter(tokens=0, trained_entropy=0.0), None
+        sums = Counter(tokens=0, trained_entropy=0.0)
         tokens = rollouts.mask.sum()  # the normaliser, known before the first backward
         for rows in common.micro_batches(rollouts, live, args.micro_batch_tokens):
             mask = rollouts.mask[rows]
@@ -116,7 +116,7 @@ def main(args):
             sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
             run.lap("backward")
         if live:
-            grad_norm = optimizer.step()
+            optimizer.step()
         run.lap("optimizer")
 
         # 3. Log; then evaluate and save where due.
@@ -128,8 +128,7 @@ def main(args):
             A,
             dict(
                 phase="whole",
-                grad_norm=grad_norm,
-                optimizer_steps=int(bool(live)),
+                **optimizer.summary(),
                 **common.per_token(sums),
                 **common.logp_gap(rollouts, old_logps, live),
             ),

@@ -203,9 +203,9 @@ def main(args):
         run.lap("forward_backward")
         warmup = max(1, args.max_steps // 10)
         decay = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, args.max_steps - warmup))
-        grad_norm = optimizer.step(args.learning_rate * min(1.0, step / warmup) * decay)
+        optimizer.step(args.learning_rate * min(1.0, step / warmup) * decay)
         run.lap("optimizer")
-        run.record(step, dict(loss=total, grad_norm=grad_norm, tokens=int(tokens)))
+        run.record(step, dict(loss=total, tokens=int(tokens), **optimizer.summary()))
         run.save(step)
     run.finish()
 

@@ -1,12 +1,13 @@
 """What looking inside costs: analyze_entropy.analyze on a 12-layer model, in seconds of one CPU core.
 
-Against the floor, one forward pass and the head's product for every activation and nothing else (the aim: at most 1.2 x
-that), and against the plain way: answer by answer, every activation kept, each projected as the output of one module and
-the input of the next, softmax and log-softmax of whole answers. Least of a few repeats; a minute or two.
+Against the floor, one forward pass and the head's product for every activation and nothing else (aim: at most 1.2 x
+that); and against the plain way: answer by answer, every activation kept, each projected as the output of one module
+and again as the input of the next, softmax and log-softmax of whole answers. Least of a few repeats; two minutes.
 
     python tests/bench_entropy.py
 """
 
+import functools
 import time
 
 import torch
@@ -16,13 +17,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import analyze_entropy
 import common
 
-L, D, V, REPEATS = 12, 256, 8192, 4
+L, D, V, REPEATS = 12, 512, 8192, 3
 
 
-def model_and_answers():
+def model_and_answers(L=L):
     """A random Qwen3 with grouped-query attention, and 16 answers of 16 to 46 tokens behind prompts of 24."""
     torch.manual_seed(0)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=D // 4, tie_word_embeddings=True)
     config = Qwen3Config(vocab_size=V, hidden_size=D, intermediate_size=3 * D, num_hidden_layers=L, **heads)
     prompts, answers = torch.randint(V, (16, 24)).tolist(), [torch.randint(V, (n,)).tolist() for n in range(16, 48, 2)]
     return Qwen3ForCausalLM(config).eval(), common.assemble(prompts, answers, 0, "cpu")
@@ -36,7 +37,7 @@ def forward(model, rollouts):
 
 @torch.no_grad()
 def projections(model, rollouts):
-    """The head's product alone: six activations a block, the embedding and the whole policy, chunked as in `analyze`."""
+    """The head's product alone: six activations a block, the embedding, the whole policy; chunked as in `analyze`."""
     states = torch.randn(int(rollouts.mask.sum()), D)
     for _ in range(6 * L + 2):
         for piece in states.split(analyze_entropy.CHUNK_TOKENS["cpu"]):
@@ -58,7 +59,7 @@ def answer_by_answer(model, rollouts):
         for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
             handles.append(getattr(block, name).register_forward_hook(keep((k, name))))
         handles.append(block.register_forward_hook(keep((k, "block"))))
-    totals = torch.zeros(4, L)
+    totals = torch.zeros(4, model.config.num_hidden_layers)
     for ids, attention_mask, mask in zip(rollouts.ids, rollouts.attention_mask, rollouts.mask):
         logits = model(ids[: int(attention_mask.sum())][None], use_cache=False).logits
         produced = mask.nonzero()[:, 0] - 1
@@ -72,7 +73,7 @@ def answer_by_answer(model, rollouts):
             return -(p * logps).sum(-1)
 
         final = logits[0, produced].float().log_softmax(-1)
-        for k in range(L):
+        for k in range(model.config.num_hidden_layers):
             ((before,), _), (_, after) = kept[k, "input_layernorm"], kept[k, "block"]
             p, logps = policy(after)
             changes = [
@@ -93,28 +94,36 @@ def seconds(function, *inputs):
     return time.process_time() - start
 
 
+def peak(function, *inputs):
+    """Most bytes of tensors alive at once, in 10^6."""
+    with Peak() as measured:
+        function(*inputs)
+    return measured.bytes / 1e6
+
+
 def main():
     torch.set_num_threads(1)
-    inputs = model_and_answers()
-    functions = forward, projections, analyze_entropy.analyze, answer_by_answer
+    inputs, functions = model_and_answers(), (forward, projections, analyze_entropy.analyze, answer_by_answer)
     times = [min(column) for column in zip(*[[seconds(f, *inputs) for f in functions] for _ in range(REPEATS)])]
     layers, plain = analyze_entropy.analyze(*inputs)["layers"], answer_by_answer(*inputs)
     names = ("dH_layer", "dH_attn", "dH_ffn", "kl_to_final")
     gap = max(abs(here[name] - float(plain[i, k])) for k, here in enumerate(layers) for i, name in enumerate(names))
-    peaks = []
-    for function in (analyze_entropy.analyze, answer_by_answer):
-        with Peak() as peak:
-            function(*inputs)
-        peaks.append(peak.bytes / 1e6)
-    print(
-        f"\n{L} layers, width {D}, vocabulary {V}, {int(inputs[1].mask.sum())} completion tokens of 16 answers, 1 core"
-    )
+    budgeted = functools.partial(analyze_entropy.analyze, micro_batch_tokens=2**12)
+    peaks = {f: [peak(f, *model_and_answers(n)) for n in (L, 2 * L)] for f in (budgeted, answer_by_answer)}
+
+    print(f"\n{L} layers, width {D}, vocabulary {V}, {int(inputs[1].mask.sum())} completion tokens, one core")
     for function, value in zip(functions, times):
         print(f"  {function.__name__:16} {value:6.2f} s")
-    print(f"analyze / (forward + projections)   {times[2] / (times[0] + times[1]):.2f}  (aim: at most 1.2)")
-    print(f"answer_by_answer / analyze          {times[3] / times[2]:.2f}")
-    print(f"peak activations: analyze {peaks[0]:.0f} MB, answer by answer {peaks[1]:.0f} MB")
-    print(f"largest difference of their numbers {gap:.1e} nats")
+    print(f"analyze / (forward + projections)  {times[2] / (times[0] + times[1]):.2f}  (aim: at most 1.2)")
+    print(f"answer_by_answer / analyze         {times[3] / times[2]:.2f}")
+    print(f"largest difference of their numbers {gap:.0e} nats")
+    print(
+        f"peak activations with {L} and {2 * L} layers, 10^6 bytes: "
+        + "; ".join(
+            f"{name} {values[0]:.0f} and {values[1]:.0f}"
+            for name, values in zip(("analyze", "answer_by_answer"), peaks.values())
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ def test_one_command_writes_numbers_and_figures(folders):
         "1_flow",
         "2_change",
         "4_training",
-        *(f"3_answer_{p}" for p in (m["model"].replace("/", "_") for m in (first, second))),
+        *(f"3_answer_{p}" for p in (m["model"].strip("/").replace("/", "_") for m in (first, second))),
     ):
         pixels = matplotlib.image.imread(f"out/{name}.png")
         assert min(pixels.shape[:2]) > 300 and pixels.std() > 0.02  # large enough to read, and not blank

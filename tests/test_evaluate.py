@@ -1,8 +1,8 @@
 """Numbers that comparisons of models rest on, against brute force, hand values, enumeration and independent references.
 
-The model under test is a bigram: its blocks add nothing to the residual stream, so the next token depends on the last one
-only, and every probability below can be read off `NEXT`. It takes no training, and has answers right and wrong, short and
-long, finished and not.
+The model under test is a bigram: its block adds nothing to the residual stream, so the next token depends on the last
+one only, with the probabilities of `NEXT`. It takes no training, and has answers right and wrong, short and long,
+finished and not.
 """
 
 import importlib.util
@@ -86,7 +86,8 @@ def test_the_first_of_a_group_takes_the_place_of_the_gold_answer(monkeypatch):
         ([0, 0, 2, 2, 4], [1, 1, 0, 0, 1], 2, 0.5),  # two blocks of two; the fifth answer is left over
         ([0, 1, 0, 1], [1, 0, 1, 0], 2, 1.0),  # ties are decided within a block: here the right one comes first in both
         ([0, 1, 1, 0], [1, 0, 0, 1], 2, 0.5),
-        ([0, 1, 1, None], [1, 0, 0, 0], 1, 0.25),  # k = 1 is plain accuracy
+        ([0, 1, 1, None], [1, 0, 0, 0], 1, 0.25),  # k = 1 is plain accuracy,
+        ([0, 0], [1, 0], 1, 0.5),  # even where two answers that pass for equal are graded differently
     ],
 )
 def test_majority_vote(groups, rewards, k, expected):
@@ -192,8 +193,8 @@ def test_bootstrap_is_seeded_and_as_wide_as_theory_says():
 
 
 def enumeration_toy(scale=1.0):
-    """A policy over {a, end} with probability 1/2 each at each of three positions, its logits the parameters; those of the
-    first position stand for `scale` times as much.
+    """A policy over {a, end}, probability 1/2 each at each of three positions. The parameters are its logits; those of
+    the first position are multiplied by `scale`, and so is their gradient.
 
     Repeating each completion in proportion to its probability makes a mean over the group the exact expectation: end 4
     times in 8, a end 2 times, aa end and aaa once. -> (gradients [8, 6], rewards [8], lengths [8]), fp64.
@@ -224,7 +225,7 @@ def four_variances(gradients, rewards, lengths):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_gradient_variance_by_enumeration(scale):
-    """Each number is the trace of the exact covariance; none is below the norm-weighted one, nor is any other baseline."""
+    """Each number is the trace of the exact covariance; below the norm-weighted one is no other, of any baseline."""
     gradients, rewards, lengths = enumeration_toy(scale)
     assert gradients.mean(0).abs().max() == 0  # E grad log pi = 0: the estimate is unbiased whatever the baseline
     squares = gradients.square().sum(1)
@@ -243,8 +244,8 @@ def test_gradient_variance_by_enumeration(scale):
 
 
 def test_the_length_weighted_baseline_is_the_norm_weighted_one_where_its_assumption_holds():
-    """Per-token gradients uncorrelated and of equal norm, as in the toy: OPO's baseline is optimal and beats the mean. With
-    a first token that counts three times as much it is not optimal any more."""
+    """Per-token gradients uncorrelated and of equal norm, as in the toy: OPO's baseline is optimal and beats the mean.
+    With a first token whose gradient is three times as long it is not optimal any more."""
     alike = four_variances(*enumeration_toy())
     assert alike["length-weighted"] == pytest.approx(alike["norm-weighted"], rel=1e-12)
     assert alike["length-weighted"] < alike["mean"]
@@ -281,9 +282,8 @@ NEXT = {
 }
 
 
-def bigram_model(folder, embedded=True, block_noise=0.0):
-    """Save a one-block Qwen3 whose next token follows NEXT, and the embedded tokenizer. block_noise > 0 lets the block speak
-    up, which makes it another model."""
+def bigram_model(folder, embedded=True):
+    """Save a one-block Qwen3 whose next token follows NEXT, and the embedded tokenizer -> folder."""
     tokenizer = sft.embedded_tokenizer()
     names = {"@": "<|assistant|>", "$": "<|end|>"}
     ids = {name: tokenizer.convert_tokens_to_ids(names.get(name, name)) for name in [*NEXT, "$"]}
@@ -306,9 +306,9 @@ def bigram_model(folder, embedded=True, block_noise=0.0):
     )
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config)
-    model.model.layers[0].self_attn.o_proj.weight.data.mul_(50 * block_noise)
-    model.model.layers[0].mlp.down_proj.weight.data.mul_(50 * block_noise)
-    # A token's state is its own unit vector (the last one for all others), which the final norm stretches to sqrt(width).
+    model.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    # A token's state is its own unit vector (the last one for all others); the final norm stretches it to sqrt(width).
     states = torch.zeros(len(tokenizer), width)
     states[:, -1] = 1.0
     head = torch.full((len(tokenizer), width), -12.0)
@@ -441,7 +441,7 @@ def test_gradient_moments_against_whole_gradients(world):
 
 
 def test_two_runs_from_the_command_line(world):
-    """What a reader types: one table, results.json, Markdown, figures; unequal training data is said, and nothing else."""
+    """What a reader types: one table, results.json, Markdown, figures; unequal training data is said and allowed."""
     command = [
         sys.executable,
         str(ROOT / "evaluate.py"),
@@ -595,6 +595,31 @@ def test_more_problems_are_added_and_fewer_are_read(world, monkeypatch):
     assert rows_of(evaluation(world, "--num_problems", "3", models=["base"]))["base"]["problems"] == 3
 
 
+def test_prompts_too_long_are_left_out_and_not_asked_for_again(world, capsys):
+    """Two of the six prompts have more than six tokens: four are scored, now and when the command is repeated."""
+    for _ in range(2):
+        results = evaluation(world, "--max_prompt_length", "6", models=["base"])
+        assert rows_of(results)["base"]["problems"] == 4
+    assert "dropped 2 prompts" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_was_killed_before_its_first_answer_has_no_score(world, monkeypatch):
+    monkeypatch.setattr(common, "sample", no_models)
+    with pytest.raises(AssertionError):
+        evaluation(world, models=["base"])
+    with pytest.raises(common.UserError, match="holds no answer yet"):
+        evaluation(world, "--rescore", models=["base"])
+
+
+def test_unequal_numbers_of_problems_are_said(world, capsys):
+    """After an interruption, or where one model's tokenizer makes prompts too long."""
+    evaluation(world, models=["base"])
+    evaluation(world, "--num_problems", "4", models=["runs/a"])
+    capsys.readouterr()
+    evaluation(world, "--rescore", models=["base", "runs/a"])
+    assert capsys.readouterr().err == "note: different problems: base (6,), a (4,)\n"
+
+
 def test_a_line_separator_inside_an_answer_is_no_end_of_a_record(world):
     evaluation(world, models=["base"])
     path = sample_files()[0]
@@ -637,7 +662,7 @@ def test_new_samples_make_the_kept_statistics_void(world):
 
 
 def test_models_are_asked_as_they_were_trained(world, capsys):
-    """A run by its args.json, a base model as the first run, both as the command line says; else the embedded defaults."""
+    """A run by its args.json, a base model as the first run, both as the command line says, else as embedded models."""
 
     def settings(*words):
         entries = evaluate.read_entries(evaluate.parse([*words]))
@@ -648,6 +673,20 @@ def test_models_are_asked_as_they_were_trained(world, capsys):
     assert settings(base, run) == [("", 12), ("", 12)]
     assert settings(base, run, "--max_completion_length", "9", "--system_prompt", "Hi.") == [("Hi.", 9)] * 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_model_built_from_nothing_is_a_start_itself(world):
+    """As sft.py leaves the embedded model: its run began with random weights inside its own folder."""
+    shutil.copytree(world / "runs" / "a", "tiny")
+    trained = json.loads(Path("tiny/args.json").read_text())
+    common.write_json(Path("tiny/args.json"), trained | {"model": "runs/tiny/start", "output_dir": "runs/tiny"})
+    entry = evaluate.read_entries(evaluate.parse(["tiny"]))[0]
+    assert entry.run is None and entry.settings.max_completion_length == 64
+    # A run that sampled nothing (sft.py on trajectories) has a start, but its length limit was never used.
+    imitated = {name: value for name, value in trained.items() if name != "num_generations"}
+    common.write_json(Path("tiny/args.json"), imitated | {"max_completion_length": 8192})
+    entry = evaluate.read_entries(evaluate.parse(["tiny"]))[0]
+    assert entry.run == Path("tiny") and entry.settings.max_completion_length == 64
 
 
 def test_the_embedded_model_is_asked_arithmetic_it_was_not_trained_on(world):

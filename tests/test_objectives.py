@@ -274,31 +274,32 @@ def test_enumeration_notices_bugs():
 
 @pytest.fixture
 def watch(monkeypatch):
-    """Run a script and record: every gradient handed to the optimizer, every batch of rollouts and of rewards."""
+    """Run a script with given rewards and record every gradient handed to the optimizer and every batch of rollouts."""
 
-    def run(script, args):
-        seen = SimpleNamespace(gradients=[], rollouts=[], rewards=[])
+    def run(script, args, rewards):
+        seen = SimpleNamespace(gradients=[], rollouts=[])
 
         def step(optimizer, *rest):
             seen.gradients.append({n: p.grad.clone() for n, p in optimizer.parameters.items() if p.grad is not None})
             return real_step(optimizer, *rest)
 
-        def keep(record, function):
-            def call(*args, **kwargs):
-                record.append(function(*args, **kwargs))
-                return record[-1]
+        def sample(*rest, **options):
+            seen.rollouts.append(real_sample(*rest, **options))
+            return seen.rollouts[-1]
 
-            return call
-
-        real_step = common.Optimizer.step
+        real_step, real_sample = common.Optimizer.step, common.sample
         with monkeypatch.context() as m:
             m.setattr(common.Optimizer, "step", step)
-            m.setattr(common, "sample", keep(seen.rollouts, common.sample))
-            m.setattr(common, "grade_rollouts", keep(seen.rewards, common.grade_rollouts))
+            m.setattr(common, "sample", sample)
+            m.setattr(common, "grade_rollouts", lambda rollouts, problems: rewards.clone())
             script.main(args)
         return seen
 
     return run
+
+
+# Rewards of 4 prompts x 4 samples: the second group teaches nothing, whatever mini-batch it falls into.
+GIVEN = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
 
 
 def same_gradients(a, b, tolerance=1e-6):
@@ -311,11 +312,11 @@ def same_gradients(a, b, tolerance=1e-6):
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_micro_batches_do_not_change_the_gradient(script, internal, minibatches, model_folder, data, watch):
     """A mean of means: results that change with the memory at hand. The normaliser is the mini-batch's tokens."""
-    settings = dict(num_prompts=4, num_minibatches=minibatches, max_steps=1, learning_rate=0.0) | internal
-    runs = [
-        watch(script, arguments(script, model_folder, data, micro_batch_tokens=budget, overwrite=True, **settings))
-        for budget in (1, 60, 10**6)  # one row at a time, a few, all at once
-    ]
+    settings = dict(num_prompts=4, num_minibatches=minibatches, max_steps=1, learning_rate=0.0, **internal)
+    runs = []
+    for budget in (1, 60, 10**6):  # one row at a time, a few, all at once
+        args = arguments(script, model_folder, data, micro_batch_tokens=budget, output_dir=f"{budget}", **settings)
+        runs.append(watch(script, args, GIVEN))
     assert len(runs[0].gradients) == minibatches
     assert len(set(runs[0].rollouts[0].lengths.tolist())) > 1
     for run in runs[1:]:
@@ -327,7 +328,7 @@ def test_checkpointing_does_not_change_the_gradient(model_folder, data, watch):
     """Recomputing the blocks saves memory and nothing else; in training mode it also drops the cache of the sampler."""
     settings = dict(num_prompts=4, max_steps=2, overwrite=True)
     stored, recomputed = (
-        watch(bupo, arguments(bupo, model_folder, data, gradient_checkpointing=checkpointing, **settings))
+        watch(bupo, arguments(bupo, model_folder, data, gradient_checkpointing=checkpointing, **settings), GIVEN)
         for checkpointing in (False, True)
     )
     assert torch.equal(stored.rollouts[0].ids, recomputed.rollouts[0].ids)
@@ -341,14 +342,12 @@ def test_one_step_is_the_objective(estimator, temperature, model_folder, data, w
 
     Rows without advantage are skipped by the loop; dropping their tokens from the denominator is another objective.
     """
-    settings = dict(num_prompts=6, max_steps=1, advantage=estimator, temperature=temperature)
-    seen = watch(grpo, arguments(grpo, model_folder, data, **settings))
-    rollouts, rewards = seen.rollouts[0], seen.rewards[0]
-    equal = rewards.amax(1) == rewards.amin(1)
-    assert equal.any() and not equal.all()  # some groups teach nothing, others do
-
+    settings = dict(num_prompts=4, max_steps=1, advantage=estimator, temperature=temperature)
+    seen = watch(grpo, arguments(grpo, model_folder, data, **settings), GIVEN)
+    rollouts = seen.rollouts[0]
+    assert len(set(rollouts.lengths.tolist())) > 1
     model, _ = common.load_model(str(model_folder), "cpu", "float32")
-    A = grpo.advantages(rewards, rollouts.lengths.view(6, 4), estimator).view(-1, 1)
+    A = grpo.advantages(GIVEN, rollouts.lengths.view(4, 4), estimator).view(-1, 1)
     logits = model(input_ids=rollouts.ids, attention_mask=rollouts.attention_mask).logits[:, :-1] / temperature
     logps = torch.log_softmax(logits, -1).gather(-1, rollouts.ids[:, 1:, None]).squeeze(-1)
     mask = rollouts.mask[:, 1:]
@@ -357,20 +356,23 @@ def test_one_step_is_the_objective(estimator, temperature, model_folder, data, w
     same_gradients(seen.gradients[0], expected, 1e-5)
 
 
-def test_internal_step_is_the_objective_of_the_block(model_folder, data, watch):
+@pytest.mark.parametrize("norm", [False, True], ids=["raw", "normed"])
+def test_internal_step_is_the_objective_of_the_block(norm, model_folder, data, watch):
     """Phase one against the textbook: raw state after block k times the head; samples of the whole policy."""
-    steps = dict(num_prompts=6, max_steps=2, internal_steps=1, internal_layer=1)
-    seen = watch(bupo, arguments(bupo, model_folder, data, **steps))
-    rollouts, rewards = seen.rollouts[0], seen.rewards[0]
+    steps = dict(num_prompts=4, max_steps=2, internal_steps=1, internal_layer=1, internal_norm=norm)
+    seen = watch(bupo, arguments(bupo, model_folder, data, **steps), GIVEN)
+    rollouts = seen.rollouts[0]
     model, _ = common.load_model(str(model_folder), "cpu", "float32")
-    A = bupo.advantages(rewards, rollouts.lengths.view(6, 4)).view(-1, 1)
+    A = bupo.advantages(GIVEN, rollouts.lengths.view(4, 4)).view(-1, 1)
     inputs = dict(input_ids=rollouts.ids, attention_mask=rollouts.attention_mask)
-    logits = model.lm_head(model(**inputs, output_hidden_states=True).hidden_states[2])[:, :-1]
+    state = model(**inputs, output_hidden_states=True).hidden_states[2][:, :-1]
+    logits = model.lm_head(model.model.norm(state) if norm else state)
     logps = torch.log_softmax(logits, -1).gather(-1, rollouts.ids[:, 1:, None]).squeeze(-1)
     mask = rollouts.mask[:, 1:]
     ((-A * logps * mask).sum() / mask.sum()).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert not any(name.startswith(("model.layers.2.", "model.norm")) for name in expected)
+    assert not any(name.startswith("model.layers.2.") for name in expected)
+    assert ("model.norm.weight" in expected) == norm
     same_gradients(seen.gradients[0], expected, 1e-5)
     assert seen.gradients[1].keys() == dict(model.named_parameters()).keys()  # phase two trains everything
 
@@ -385,17 +387,17 @@ def test_old_log_probs_come_before_the_first_update(model_folder, data, watch, m
         return real_loss(logps, old_logps, advantages, mask, *rest)
 
     monkeypatch.setattr(grpo, "loss", loss)
-    settings = dict(num_prompts=12, max_steps=1, num_minibatches=3, learning_rate=1e-2, micro_batch_tokens=10**6)
-    seen = watch(grpo, arguments(grpo, model_folder, data, **settings))
-    assert len(seen.gradients) == len(ratios) == 3
+    settings = dict(num_prompts=4, max_steps=1, num_minibatches=4, learning_rate=1e-2, micro_batch_tokens=10**6)
+    seen = watch(grpo, arguments(grpo, model_folder, data, **settings), GIVEN)
+    assert len(seen.gradients) == len(ratios) == 3  # one of the four mini-batches teaches nothing and takes no step
     assert ratios[0] < 1e-5 and min(ratios[1:]) > 1e-2
 
 
-def test_no_internal_steps_is_the_trunk_bit_for_bit(model_folder, data):
+def test_no_internal_steps_is_the_trunk_bit_for_bit(model_folder, data, watch):
     """Anything bupo.py does differently in phase two is a second difference, beside the one its paper is about."""
     settings = dict(num_prompts=4, num_minibatches=2, max_steps=2)
-    grpo.main(arguments(grpo, model_folder, data, output_dir="trunk", **settings))
-    bupo.main(arguments(bupo, model_folder, data, output_dir="bottom_up", internal_steps=0, **settings))
+    watch(grpo, arguments(grpo, model_folder, data, output_dir="trunk", **settings), GIVEN)
+    watch(bupo, arguments(bupo, model_folder, data, output_dir="bottom_up", internal_steps=0, **settings), GIVEN)
     ours, trunk, start = (
         common.load_model(str(folder), "cpu")[0].state_dict() for folder in ("bottom_up", "trunk", model_folder)
     )
@@ -403,12 +405,12 @@ def test_no_internal_steps_is_the_trunk_bit_for_bit(model_folder, data):
     assert not all(torch.equal(ours[name], start[name]) for name in trunk)
 
 
-def test_reference_holds_the_policy_back(model_folder, data):
+def test_reference_holds_the_policy_back(model_folder, data, watch):
     """A reference that is trained along, or a beta that reaches nothing, lets the policy drift as far as without."""
     drift = {}
     for beta in (0.0, 100.0):
         settings = dict(num_prompts=4, max_steps=6, learning_rate=3e-3, beta=beta, eval_steps=6)
-        grpo.main(arguments(grpo, model_folder, data, output_dir=f"beta{beta}", **settings))
+        watch(grpo, arguments(grpo, model_folder, data, output_dir=f"beta{beta}", **settings), GIVEN)
         records = [r for r in read_jsonl(f"beta{beta}/metrics.jsonl") if "kl_to_start" in r]
         drift[beta] = records[-1]["kl_to_start"]
     assert drift[100.0] < 0.5 * drift[0.0]

@@ -9,6 +9,7 @@ from conftest import arguments, read_jsonl, tiny_model
 
 import common
 import grpo
+import sft
 
 
 def optimizer_for(model, **options):
@@ -191,6 +192,30 @@ def test_restored_optimizer_continues_bit_for_bit(dtype):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters()))
     for name, state in optimizer.state_dict().items():
         assert torch.equal(state["master"], again.state_dict()[name]["master"])
+
+
+def test_a_schedule_reaches_the_weights():
+    """A learning rate handed to `step` and not used: every schedule is the constant one, and looks fine in the log."""
+    models = [tiny_model() for _ in range(2)]
+    ours, plain = optimizer_for(models[0]), torch.optim.AdamW(models[1].parameters(), weight_decay=0.0)
+    for step, rate in enumerate((1e-4, 1e-2, 3e-3)):
+        for model in models:
+            give_gradients(model, step)
+        ours.step(rate)
+        plain.param_groups[0]["lr"] = rate
+        plain.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_imitation_warms_up_and_decays_to_zero(model_folder, monkeypatch):
+    """Full steps on fresh moments at the start, or at the end, cost the embedded model what it has learned."""
+    rates, real_step = [], common.Optimizer.step
+    monkeypatch.setattr(common.Optimizer, "step", lambda o, rate: (rates.append(rate), real_step(o, rate))[1])
+    data = model_folder.parent / "trajectories.jsonl"
+    sft.main(arguments(sft, model_folder, data, max_steps=30, learning_rate=1e-3))
+    assert 0 < rates[0] < rates[1] < rates[2] == max(rates) == pytest.approx(1e-3)  # a tenth of the steps
+    assert sorted(rates[2:], reverse=True) == rates[2:] and rates[-1] < 1e-5 and len(rates) == 30
 
 
 def test_a_learning_rate_of_zero_moves_nothing():

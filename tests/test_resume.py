@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, arguments, command_line, read_jsonl
+from conftest import ROOT, arguments, command_line, read_jsonl, write_jsonl
 from safetensors.torch import load_file
 
 import bupo
@@ -210,6 +210,18 @@ def test_a_seed_repeats_a_run_and_another_does_not(name, model_folder, data):
         script.main(settings(script, model_folder, data, output_dir=folder, seed=seed, save_steps=0))
     assert_same("first", "again")
     assert learned("first")[1] != learned("other")[1] and learned("first")[0] != learned("other")[0]
+
+
+def test_every_seed_and_every_step_draws_anew(model_folder, data):
+    """The same random numbers at every step, or for every seed: the same samples again, and half the data for nothing."""
+    same_problem = write_jsonl(Path("same.jsonl"), read_jsonl(data)[:1] * 12)  # or the order of problems would hide it
+    texts = {}
+    for seed in (0, 1):
+        still = dict(learning_rate=0.0, weight_decay=0.0, save_steps=0, eval_steps=0)
+        grpo.main(settings(grpo, model_folder, same_problem, seed=seed, output_dir=f"{seed}", **still))
+        for answer in read_jsonl(f"{seed}/completions.jsonl"):
+            texts.setdefault((seed, answer["step"]), []).append(answer["text"])
+    assert len(texts) == len({tuple(answers) for answers in texts.values()}) == 8
 
 
 def test_checkpoints_beyond_the_limit_go(model_folder, data):

@@ -181,14 +181,21 @@ def test_a_percent_sign_in_a_help_text_is_fine(capsys):
 
 def test_embedded_defaults_are_for_the_embedded_model_only(model_folder, tmp_path):
     """Laptop settings on a real model, or a paper's settings on a laptop: whose defaults hold depends on --model."""
-    tiny_model().save_pretrained(tmp_path / "other")
-    assert common.parse(grpo.Args, grpo.EMBEDDED, ["--seed", "1"]).num_prompts == grpo.EMBEDDED["num_prompts"] == 16
-    trained = common.parse(grpo.Args, grpo.EMBEDDED, ["--model", str(model_folder)])  # carries the mark
-    assert trained.learning_rate == grpo.EMBEDDED["learning_rate"] == 1e-4
-    other = common.parse(grpo.Args, grpo.EMBEDDED, ["--model", str(tmp_path / "other")])
-    assert (other.learning_rate, other.num_prompts, other.num_minibatches) == (1e-6, 128, 4)
-    chosen = common.parse(grpo.Args, grpo.EMBEDDED, ["--model", str(model_folder), "--learning_rate", "0.5"])
-    assert chosen.learning_rate == 0.5 and chosen.num_prompts == 16
+    tiny_model().save_pretrained(tmp_path / "other")  # carries no mark
+    laptop, paper = grpo.EMBEDDED["learning_rate"], grpo.Args().learning_rate
+    assert laptop != paper
+    for options, expected in (
+        (["--seed", "1"], laptop),
+        (["--model", "embedded"], laptop),
+        (["--model", str(model_folder)], laptop),  # trained from it
+        (["--model", str(tmp_path / "other")], paper),
+        (["--model", "owner/name"], paper),
+        (["--model", str(model_folder), "--learning_rate", "0.5"], 0.5),
+        (["--model", str(tmp_path / "other"), "--learning_rate", "0.5"], 0.5),
+    ):
+        assert common.parse(grpo.Args, grpo.EMBEDDED, options).learning_rate == expected
+    args = vars(common.parse(grpo.Args, grpo.EMBEDDED, []))
+    assert grpo.EMBEDDED.items() <= args.items()
 
 
 def test_the_defaults_are_the_papers():
