@@ -117,10 +117,10 @@ class RunArgs:
             positive = re.fullmatch("max_.*|num_.*|micro_.*|.*temperature|.*_samples|delta", name)
             if type(value) in (int, float) and not (value > 0 or (value == 0 and not positive)):
                 raise UserError(f"--{name} {value}: must be {'above 0' if positive else '0 or more'}")
-        with contextlib.suppress(ValueError):
-            if isinstance(json.loads(self.chat_template_kwargs), dict):
-                return
-        raise UserError(f"--chat_template_kwargs {self.chat_template_kwargs!r}: must be a JSON object, '{{}}' for none")
+        try:
+            json.loads(self.chat_template_kwargs).items()
+        except (ValueError, AttributeError):
+            raise UserError(f"--chat_template_kwargs {self.chat_template_kwargs!r}: must be a JSON object, like '{{}}'")
 
 
 def is_embedded(model):
@@ -169,11 +169,8 @@ def arithmetic(split, n, seed=0):
     """
     generator, problems = random.Random(f"{split}-{seed}"), {}
     while len(problems) < n:
-        text = str(generator.randint(1, 20))
-        values = [int(text)]
-        for _ in range(3):
-            sign, number = generator.choice("+-"), generator.randint(1, 20)
-            text, values = f"{text}{sign}{number}", [*values, values[-1] + int(f"{sign}{number}")]
+        terms = [generator.choice("+-") * (i > 0) + str(generator.randint(1, 20)) for i in range(4)]
+        text, values = "".join(terms), [sum(map(int, terms[: i + 1])) for i in range(4)]
         held_out = hashlib.sha256(text.encode()).digest()[0] < 32  # one in eight
         if min(values) >= 0 and held_out == (split == "test"):
             problems[text] = Problem(f"{text}=", str(values[-1]), f"arithmetic {split} {len(problems)}")
@@ -218,17 +215,16 @@ def is_prompt(value):
 def problem_from_row(where, row, labels=True):
     """One row -> Problem. Fields: problem | question | prompt, and answer | final_answer | solution (with a box)."""
     found = f"found fields {', '.join(map(str, row)) or 'none'}"[:300]
-    prompt = next((row[name] for name in ("problem", "question", "prompt") if is_prompt(row.get(name))), None)
-    if prompt is None:
+    prompts = [row[name] for name in ("problem", "question", "prompt") if is_prompt(row.get(name))]
+    if not prompts:
         raise UserError(f"{where}: no problem; put text or messages into 'problem', 'question' or 'prompt'; {found}")
-    answer = next((row[name] for name in ("answer", "final_answer") if row.get(name) not in (None, "")), None)
-    if answer is None and isinstance(row.get("solution"), str):
-        answer = last_boxed(row["solution"])
-    if answer is None and not labels:
-        answer = ""
-    elif type(answer) not in (str, int, float) or not str(answer).strip():
+    boxed = last_boxed(row["solution"]) if isinstance(row.get("solution"), str) else None
+    answers = (row.get("answer"), row.get("final_answer"), boxed)
+    answers = [str(answer).strip() for answer in answers if type(answer) in (str, int, float)]
+    answer = next(filter(None, answers), None if labels else "")
+    if answer is None:
         raise UserError(f"{where}: no gold answer; put it into 'answer', 'final_answer' or a boxed 'solution'; {found}")
-    return Problem(prompt, str(answer).strip(), where)
+    return Problem(prompts[0], answer, where)
 
 
 def load_problems(source, split="train", limit=0, system_prompt="", labels=True):
@@ -263,16 +259,15 @@ def encode(tokenizer, prompt, chat_template_kwargs=None):
     """
     if not isinstance(prompt, str) and isinstance(prompt[0], int):
         return list(prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         kwargs = dict(tokenize=True, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {}))
         ids = tokenizer.apply_chat_template(messages, **kwargs)
     else:
         plain = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt) + "\n\n"
         ids = tokenizer(plain)["input_ids"]
-    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids = ids[1:]
-    return list(ids)
+    doubled_bos = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
+    return list(ids[1:] if doubled_bos else ids)
 
 
 def tokenize_problems(tokenizer, problems, max_prompt_length, chat_template_kwargs=None):
@@ -360,9 +355,7 @@ def load_model(path, device="auto", dtype="auto"):
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"--model {folder}: no config.json in this folder; pass one written by save_pretrained")
-    if folder.is_dir() and not any(folder.glob("token*.*")) and not any(folder.glob("vocab.*")):
+    if folder.is_dir() and not [*folder.glob("token*.*"), *folder.glob("vocab.*")]:
         raise UserError(f"--model {folder}: no tokenizer in this folder; put one there with tokenizer.save_pretrained")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -541,11 +534,12 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
         waves = [sample_wave(model, prompts, rows[i : i + wave], max_completion_length, *settings) for i in starts]
     finally:
         model.train(training)
-    completions = [completion for wave in waves for completion in wave[0]]
+    completions, logps, entropy = zip(*waves)
+    completions = [completion for wave in completions for completion in wave]
     rollouts = assemble([prompts[p] for p in rows], completions, tokenizer.pad_token_id, model.device)
-    tokens = rollouts.mask.bool()  # in row-major order these are the tokens of row 0, row 1, ...
-    rollouts.logps = torch.zeros_like(rollouts.mask).masked_scatter(tokens, torch.cat([wave[1] for wave in waves]))
-    rollouts.entropy = torch.zeros_like(rollouts.mask).masked_scatter(tokens, torch.cat([wave[2] for wave in waves]))
+    zeros, tokens = torch.zeros_like(rollouts.mask), rollouts.mask.bool()  # row-major: all tokens of row 0, row 1, ...
+    rollouts.logps = zeros.masked_scatter(tokens, torch.cat(logps))
+    rollouts.entropy = zeros.masked_scatter(tokens, torch.cat(entropy))
     rollouts.finished = torch.tensor([completion[-1] in stop for completion in completions], device=model.device)
     rollouts.texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
     return rollouts
@@ -625,39 +619,34 @@ class Optimizer:
     """
 
     def __init__(self, model, args):
-        self.max_grad_norm, self.skipped_in_a_row, self.norms = args.max_grad_norm, 0, []
-        self.parameters = dict(model.named_parameters())  # a tied matrix appears once
-        self.masters, self.adam = {}, {}
-        for name, parameter in self.parameters.items():
+        self.max_grad_norm, self.skipped_in_a_row, self.norms, self.slots = args.max_grad_norm, 0, [], []
+        options = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        for name, parameter in model.named_parameters():  # a tied matrix appears once
             master = parameter.detach().to(args.optimizer_device or parameter.device, torch.float32)
-            self.masters[name] = parameter if master.data_ptr() == parameter.data_ptr() else master
-            options = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-            self.adam[name] = torch.optim.AdamW([self.masters[name]], **options)
+            master = parameter if master.data_ptr() == parameter.data_ptr() else master
+            self.slots.append((name, parameter, master, torch.optim.AdamW([master], **options)))
 
     def step(self, learning_rate=None):
         """Clip, update, clear the gradients -> norm before clipping. learning_rate: from now on; None: as before.
 
         A gradient that is not finite updates nothing; ten in a row raise UserError.
         """
-        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norm = math.hypot(*(torch.linalg.vector_norm(grad, dtype=torch.float32).item() for grad in grads.values()))
+        grads = [parameter.grad for _, parameter, _, _ in self.slots if parameter.grad is not None]
+        norm = math.hypot(*(torch.linalg.vector_norm(grad, dtype=torch.float32).item() for grad in grads))
         self.norms.append(norm)
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         if self.skipped_in_a_row:
             tqdm.write("warning: non-finite gradient, no update; if it stays, lower --learning_rate", file=sys.stderr)
         if self.skipped_in_a_row == 10:
             raise UserError("10 non-finite gradients in a row; lower --learning_rate, or try --dtype float32")
-        for name, grad in grads.items() if math.isfinite(norm) else ():
-            parameter, master, adam = self.parameters[name], self.masters[name], self.adam[name]
-            master.grad = grad.to(master.device, torch.float32).mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
-            if learning_rate is not None:
-                adam.param_groups[0]["lr"] = learning_rate
-            adam.step()
-            if master is not parameter:
-                parameter.data.copy_(master)
+        for _, parameter, master, adam in self.slots:
+            if parameter.grad is not None and math.isfinite(norm):
+                scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
+                master.grad = parameter.grad.to(master.device, torch.float32).mul_(scale)
+                adam.param_groups[0]["lr"] = adam.param_groups[0]["lr"] if learning_rate is None else learning_rate
+                adam.step()
+                parameter.data.copy_(master)  # a no-op where the parameter is its own master
             parameter.grad = master.grad = None
-        for parameter in self.parameters.values():
-            parameter.grad = None
         return norm
 
     def summary(self):
@@ -667,12 +656,12 @@ class Optimizer:
 
     def state_dict(self):
         """Masters and moments by parameter name."""
-        return {name: dict(master=self.masters[name].data, adam=self.adam[name].state_dict()) for name in self.adam}
+        return {name: dict(master=master.data, adam=adam.state_dict()) for name, _, master, adam in self.slots}
 
     def load_state_dict(self, state):
         """Restore what `state_dict` gave."""
-        for name, adam in self.adam.items():
-            self.masters[name].data.copy_(state[name]["master"])
+        for name, _, master, adam in self.slots:
+            master.data.copy_(state[name]["master"])
             adam.load_state_dict(state[name]["adam"])
 
 
@@ -758,7 +747,7 @@ class Run:
     """
 
     def __init__(self, args):
-        self.args, self.folder, self.stop_signal, self.warned = args, Path(args.output_dir), None, set()
+        self.args, self.folder, self.stop_signal, self.warned = args, Path(args.output_dir), None, False
         if self.folder.is_dir() and Path(args.model).is_dir() and self.folder.samefile(args.model):
             raise UserError(f"--output_dir {self.folder}: is --model too; pass another folder")
         if step_of(self.folder) >= args.max_steps and not args.overwrite:
@@ -806,9 +795,7 @@ class Run:
             (self.folder / "trainer_state.json").unlink(missing_ok=True)
             write_json(self.folder / "args.json", vars(args))
             for log in (self.folder / "metrics.jsonl", self.folder / "completions.jsonl"):
-                records = read_log(log, self.start) if self.start else []
-                log.unlink(missing_ok=True)
-                append_jsonl(log, records)
+                write_text(log, jsonl(read_log(log, self.start) if self.start else []))
         except OSError as error:
             raise UserError(f"--output_dir {self.folder}: cannot be written ({error.strerror}); pass another folder")
         with contextlib.suppress(ValueError):  # outside the main thread signals stay as they are
@@ -833,12 +820,6 @@ class Run:
         self.stop_signal = number
         print("\nstopping after this step (once more: at once)", file=sys.stderr)
 
-    def warn(self, text):
-        """Show a warning above the bar, once."""
-        if text not in self.warned:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
-        self.warned.add(text)
-
     def batch(self, step):
         """The problems of a step: consecutive blocks of a permutation that depends on seed and epoch only, so that
         resuming needs no stored position. The few problems left over at the end of an epoch are dropped."""
@@ -855,12 +836,15 @@ class Run:
         self.stages[stage] = self.stages.get(stage, 0.0) + now - self.mark
         self.mark = now
 
+    def write(self, record):
+        """Append a record to metrics.jsonl and send it to --report_to."""
+        append_jsonl(self.folder / "metrics.jsonl", [record])
+        self.report(record, step=record["step"])
+
     def record(self, step, metrics, shown=("loss",)):
-        """Append a training step to metrics.jsonl; show some of its metrics on the bar."""
+        """Log a training step; show some of its metrics on the bar."""
         clock = dict(seconds=sum(self.stages.values()), seconds_by_stage=self.stages, peak_memory_gb=peak_memory_gb())
-        metrics = dict(step=step, **metrics, **clock)
-        append_jsonl(self.folder / "metrics.jsonl", [metrics])
-        self.report(metrics, step=step)
+        self.write(dict(step=step, **metrics, **clock))
         self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
         self.bar.update()
 
@@ -885,8 +869,9 @@ class Run:
             zero_variance_share=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
             **metrics,
         )
-        if (metrics.get("logp_gap") or 0.0) > LOGP_GAP_TOLERANCE:
-            self.warn("sampling and training log-probs are far apart, see logp_gap: try --dtype float32")
+        if (metrics.get("logp_gap") or 0.0) > LOGP_GAP_TOLERANCE and not self.warned:
+            self.warned = True
+            tqdm.write("warning: sampler and trainer disagree, see logp_gap; try --dtype float32", file=sys.stderr)
         self.lap("bookkeeping")
         metrics["tokens_per_second"] = lengths.sum().item() / sum(self.stages.values())
         self.record(step, metrics, ("reward", "accuracy", "response_length", "entropy"))
@@ -905,8 +890,7 @@ class Run:
             kl = kl_between(self.model, start, sampled["rollouts"], args.micro_batch_tokens, args.eval_temperature)
         figures = {f"eval_{name}": value for name, value in sampled.items() if isinstance(value, float)}
         record = dict(step=step, **figures, eval_greedy_accuracy=greedy, kl_to_start=kl)
-        append_jsonl(self.folder / "metrics.jsonl", [record])
-        self.report(record, step=step)
+        self.write(record)
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in record.items()))
 
     def save(self, step):
@@ -960,9 +944,13 @@ def step_of(folder):
     return json.loads(state.read_text())["step"] if state.is_file() and folder.suffix != ".tmp" else 0
 
 
+def jsonl(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def append_jsonl(path, records):
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.write(jsonl(records))
 
 
 def read_log(path, step=math.inf):
@@ -974,9 +962,14 @@ def read_log(path, step=math.inf):
     return [record for record in records if record["step"] <= step]
 
 
-def write_json(path, value):
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def peak_memory_gb():

@@ -101,6 +101,14 @@ def test_malformed_lines_are_named(line, found, tmp_path):
     assert all(name in str(error.value) for name in found)
 
 
+def test_labels_may_be_missing_where_none_is_needed(tmp_path):
+    """em.py learns without labels; a row without answer must not stop it, nor slip into a run that needs rewards."""
+    path = str(write_jsonl(tmp_path / "data.jsonl", [{"problem": "1+2?"}, {"problem": "1+2?", "answer": "3"}]))
+    assert [p.answer for p in common.load_problems(path, labels=False)] == ["", "3"]
+    with pytest.raises(common.UserError, match="data.jsonl:1: no gold answer"):
+        common.load_problems(path)
+
+
 def test_byte_order_mark_is_named_or_read(tmp_path):
     """An editor's invisible mark before the first { must not end in a traceback."""
     (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD)
