@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import typing
 import warnings
 from collections import defaultdict
@@ -152,7 +153,7 @@ def analyze(model, rollouts, temperature=1.0, norm=False, micro_batch_tokens=2**
                     sums[f"{lens}entropy_{label}"][k + 1] += policy(apply(states))[1].sum(dtype=torch.float64)
 
     batches = common.micro_batches(rollouts, range(len(rollouts.ids)), micro_batch_tokens // L)
-    for rows in tqdm(batches, desc="forward passes", leave=False):
+    for rows in tqdm(batches, desc="forward passes", leave=False, disable=None):  # silent in a log file
         used = rollouts.attention_mask[rows].any(0)  # columns that hold a token, whichever side is padded
         ids, attention_mask, mask = (x[rows][:, used] for x in (rollouts.ids, rollouts.attention_mask, rollouts.mask))
         predicts = mask[:, 1:].bool()  # column t of the states predicts token t + 1
@@ -377,7 +378,7 @@ def draw_answer(result):
                 axis.add_patch(Rectangle((t - 0.46, depth - 0.44), 0.92, 0.88, fill=False, edgecolor=style["color"]))
         if fits:
             axis.set_xticks(range(len(tokens)), tokens, family="monospace", fontsize=8)
-            below = "sampled token; above it, the top tokens where it was produced, framed if the same"
+            below = "sampled token; above it, each policy's top token where it was produced, framed if it is the sampled one"
         axis.set_yticks(range(L + 2), ["embedding", *(f"block {k}" for k in range(L)), "whole policy"], fontsize=8)
         title = f"{result['model']}: {result['answer']['prompt'][-80:]}" + (", final norm applied" if lens else "")
         axis.set(title=title, xlabel=below)
@@ -411,11 +412,12 @@ def parse(argv=None):
     def fail(message):
         raise UserError(f"{message} (--help lists every option)")
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    settings = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **settings)
     parser.error, add = fail, parser.add_argument
-    add("models", nargs="*", default=["embedded"], help="run folders, checkpoints, hub ids; default: 'embedded'")
+    add("models", nargs="*", default=["embedded"], help="run folders, checkpoints, hub ids, 'embedded'")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", help="problems, as for the training scripts; default for embedded models: arithmetic")
+    source.add_argument("--data", help="problems, as for the training scripts; for embedded models: arithmetic")
     source.add_argument("--completions", help="look at these answers instead: .jsonl with 'problem' and 'text'")
     add("--num_samples", type=int, default=64, help="problems, the first so many, one answer each")
     add("--norm", action="store_true", help="also with the final norm applied to every activation: the logit lens")
@@ -426,7 +428,8 @@ def parse(argv=None):
         if field.name in SHARED:
             known, default, text = typing.get_args(field.type) or None, field.default, field.metadata["help"]
             add(f"--{field.name}", type=type(default), default=default, choices=known, help=text)
-    if all(map(common.is_embedded, parser.parse_known_args(argv)[0].models)):
+    argv = sys.argv[1:] if argv is None else argv
+    if all(map(common.is_embedded, parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].models)):
         parser.set_defaults(**EMBEDDED)
     args = parser.parse_args(argv)
     common.RunArgs(**{name: getattr(args, name) for name in (*SHARED, "micro_batch_tokens")})  # checks their values

@@ -538,6 +538,30 @@ def test_cut_answers_are_wrong_and_have_no_vote(world):
     assert row["truncated_share"] == 1.0 and row["avg@8"] == row["maj@8"] == 0.0 and row["response_length"] == 3.0
 
 
+def test_what_was_cut_off_after_its_box_has_no_vote_either():
+    """Graded and counted alike: finished answers of at most 2000 characters only."""
+    texts = [
+        "\\boxed{7}, but wait",
+        "\\boxed{7}",
+        "\\boxed{" + "7" * 2001 + "}",
+        "\\boxed{" + "7" * 2001 + "}",
+        "\\boxed{3}",
+    ]
+    record = dict(prompt="1+2=", gold="3", texts=texts, token_ids=[[1]] * 5, finished=[False, False, True, True, True])
+    values, _ = evaluate.measure([record | dict(entropy=[0.0] * 5, kl=None)], [5])
+    assert values["maj@5"] == [1.0] and values["avg@5"] == [0.2]
+
+
+def test_every_wave_draws_anew(world):
+    """One seed for all would give equal problems equal answers: fewer independent samples than claimed."""
+    rows = [{"problem": "1+2=", "answer": "3"}] * 2
+    Path("twins.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(world / "base", "base")
+    evaluation(Path(), "--max_rollout_tokens", "1", "--temperatures", "1.0", "1.01", models=["base"], data=["twins"])
+    texts = [record["texts"] for path in sample_files() for record in evaluate.read_samples(path)[1]]
+    assert len(texts) == 4 and len(set(map(tuple, texts))) == 4
+
+
 def test_several_data_sets_count_alike(world):
     """Six problems here, two there: the row 'mean' weighs sets, not problems."""
     rows = evaluation(world, data=["held_out", "more"], models=["base"])["results"]

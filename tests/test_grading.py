@@ -60,6 +60,7 @@ def test_last_boxed_takes_linear_time(piece):
         (r"\text{Yes}", r"\boxed{Yes}"),
         (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3,\pi/2)}"),
         ("p - q", r"\boxed{p-q}"),
+        ("0.0005", r"\boxed{0.05\%}"),
         ("3", r"wrong at first \boxed{4}, now right \boxed{3}"),
     ],
 )
@@ -96,6 +97,13 @@ def test_tiny_numbers_are_not_all_equal(gold, text):
     """A comparison with an absolute tolerance holds all numbers near 0 equal: any tiny answer would be right."""
     assert score(gold, gold and rf"\boxed{{{gold}}}") == 1.0
     assert score(gold, text) == 0.0
+
+
+@pytest.mark.parametrize("gold", ["0", r"\frac{0}{0}", r"\infty", "x=0.0001", "(0.0001, 2)", "i/10000", ""])
+@pytest.mark.parametrize("answer", ["0/0", r"1/0", r"-\infty", "0.0001i", "0.0001", r"10^{-4}\%", "x"])
+def test_odd_numbers_do_not_stop_the_run(gold, answer):
+    """nan, infinities, imaginary numbers and relations cannot be compared by size: TypeError in the middle of a run."""
+    assert score(gold, rf"\boxed{{{answer}}}") in (0.0, 1.0)
 
 
 def test_unfinished_answers_score_zero():

@@ -277,18 +277,24 @@ def watch(monkeypatch):
     """Run a script with given rewards and record every gradient handed to the optimizer and every batch of rollouts."""
 
     def run(script, args, rewards):
-        seen = SimpleNamespace(gradients=[], rollouts=[])
+        seen, models = SimpleNamespace(gradients=[], rollouts=[]), []
+
+        def init(optimizer, model, *rest):
+            models.append(model)
+            real_init(optimizer, model, *rest)
 
         def step(optimizer, *rest):
-            seen.gradients.append({n: p.grad.clone() for n, p in optimizer.parameters.items() if p.grad is not None})
+            named = models[-1].named_parameters()
+            seen.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
             return real_step(optimizer, *rest)
 
         def sample(*rest, **options):
             seen.rollouts.append(real_sample(*rest, **options))
             return seen.rollouts[-1]
 
-        real_step, real_sample = common.Optimizer.step, common.sample
+        real_init, real_step, real_sample = common.Optimizer.__init__, common.Optimizer.step, common.sample
         with monkeypatch.context() as m:
+            m.setattr(common.Optimizer, "__init__", init)
             m.setattr(common.Optimizer, "step", step)
             m.setattr(common, "sample", sample)
             m.setattr(common, "grade_rollouts", lambda rollouts, problems: rewards.clone())
