@@ -378,7 +378,7 @@ def draw_answer(result):
                 axis.add_patch(Rectangle((t - 0.46, depth - 0.44), 0.92, 0.88, fill=False, edgecolor=style["color"]))
         if fits:
             axis.set_xticks(range(len(tokens)), tokens, family="monospace", fontsize=8)
-            below = "sampled token; above it, each policy's top token where it was produced, framed if it is the sampled one"
+            below = "sampled token; above it, each policy's top token where it was produced, framed if the same"
         axis.set_yticks(range(L + 2), ["embedding", *(f"block {k}" for k in range(L)), "whole policy"], fontsize=8)
         title = f"{result['model']}: {result['answer']['prompt'][-80:]}" + (", final norm applied" if lens else "")
         axis.set(title=title, xlabel=below)

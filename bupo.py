@@ -60,7 +60,7 @@ class Args(common.RunArgs):
     epsilon_high: float | None = option(None, "clip range of the ratio above 1 (clip-higher)")
     delta: float = option(10.0, "dual clip: a negative advantage weighs at most this many times; above 1")
     beta: float = option(0.0, "weight of the KL to the starting model; 0 loads no reference")
-    internal_layer: int = option(5, "block whose policy phase one trains, 0-based (paper: its layer 6)")
+    internal_layer: str = option(5, "block whose policy phase one trains, 0-based (paper: its layer 6), or 'auto'")
     internal_steps: int = option(30, "steps of phase one; 0 is GRPO (paper: 30 for Qwen3-4B, 20 else)")
     internal_norm: bool = option(False, "apply the final norm to the internal state, as the usual logit lens does")
 
@@ -125,10 +125,15 @@ def main(args):
 
         sft.ensure_embedded()
     run = common.Run(args)
+    layer = args.internal_layer
+    if layer == "auto":  # the last block whose feed-forward net adds entropy, in the starting model
+        from analyze_entropy import auto_layer
+
+        layer = auto_layer(args)
     model, tokenizer, optimizer = run.load()
-    if not 0 <= args.internal_layer < model.config.num_hidden_layers:
-        last = model.config.num_hidden_layers - 1
-        raise common.UserError(f"--internal_layer {args.internal_layer}: this model has blocks 0 to {last}")
+    last = model.config.num_hidden_layers - 1
+    if str(layer) not in map(str, range(last + 1)):
+        raise common.UserError(f"--internal_layer {layer}: this model has blocks 0 to {last}; choose one, or 'auto'")
     if args.internal_steps >= args.max_steps:
         print(f"--internal_steps {args.internal_steps}: phase two is never reached in --max_steps {args.max_steps}")
     reference = common.load_model(args.model, args.device, args.dtype)[0] if args.beta > 0 else None
@@ -136,7 +141,7 @@ def main(args):
     for step, problems in run.steps():
         # Whose policy is trained at this step: block k's first, then the whole one. The optimizer carries over.
         internal = step <= args.internal_steps
-        policy = dict(layer=args.internal_layer, norm=args.internal_norm) if internal else {}
+        policy = dict(layer=int(layer), norm=args.internal_norm) if internal else {}
 
         # 1. Sample G completions per prompt from the policy itself and grade them.
         rollouts = common.sample(

@@ -757,7 +757,7 @@ class Run:
         self.start = 0 if args.overwrite else step_of(self.checkpoint)
         before = json.loads((self.folder / "args.json").read_text()) if self.start else {}
         for name, value in vars(args).items():
-            if self.start and before.get(name) != value and not name.startswith(RESUMABLE):
+            if self.start and str(before.get(name)) != str(value) and not name.startswith(RESUMABLE):
                 remedy = "repeat its command to resume it, --overwrite it, or take another --output_dir"
                 raise UserError(f"--{name} {value!r}: the run in {self.folder} has {before.get(name)!r}; {remedy}")
 

@@ -326,7 +326,7 @@ def check_header(path, wanted):
 def draw(entry, path, data, temperature, args, load):
     """Append to a sample file the problems it does not hold yet, a wave of problems at a time.
 
-    load: path -> (model, tokenizer), called only if something is missing. The seed of a wave depends on data and first
+    load: path -> (model, tokenizer), called only if something is missing. The seed of a wave depends on its first
     problem, not on the model or on what is there already: an interrupted file is completed as if nothing had happened.
     Raises UserError if the file holds answers to other problems, of other weights or under other settings.
     """
@@ -365,7 +365,7 @@ def draw(entry, path, data, temperature, args, load):
     blocks = [missing[i : i + wave] for i in range(0, len(missing), wave)]
     for block in tqdm(blocks, f"{entry.label}, {data}, temperature {temperature:g}", unit="wave"):
         prompts, limits = [problem.ids for _, problem in block], (args.num_samples, s.max_completion_length)
-        seed = common.step_seed(s.seed, data, temperature, block[0][0])
+        seed = common.step_seed(s.seed, temperature, block[0][0], block[0][1].prompt)
         rollouts = common.sample(model, tokenizer, prompts, *limits, temperature, s.max_rollout_tokens, seed=seed)
         records = []
         for j, (index, problem) in enumerate(block):
