@@ -21,11 +21,11 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # before torch: it says how torch's threads wait for each other
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import common
 from common import option
 
 # Overrides of the defaults below when the embedded model is built.

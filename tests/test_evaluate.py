@@ -435,6 +435,20 @@ def test_gradient_moments_against_whole_gradients(world):
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters()))
 
 
+def test_the_gradient_is_that_of_the_policy_sampled_from(world):
+    """Log-probs at the sampling temperature, rewards and lengths of the kept answers, prompt by prompt."""
+    options = ("--gradient_variance", "--temperatures", "0.5", "--probe_problems", "3")
+    found = evaluation(world, *options, models=["base"])["gradient_variance"]["base"]
+    model, _ = common.load_model(str(world / "base"))
+    records = list(itertools.islice(evaluate.read_samples(sample_files()[0])[1], 3))
+    prompts = [record["prompt_ids"] for record in records for _ in range(8)]
+    rollouts = common.assemble(prompts, [ids for record in records for ids in record["token_ids"]], 0, model.device)
+    rewards = torch.tensor([evaluate.grade_record(record) for record in records]).double()
+    squares, mean_square = evaluate.gradient_moments(model, rollouts, rewards, 0.5)
+    expected = evaluate.gradient_variance(squares, rewards, rollouts.lengths.view(3, 8), mean_square)
+    assert found == pytest.approx(expected | {"problems": 3})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole script
 # ---------------------------------------------------------------------------------------------------------------------
