@@ -325,9 +325,12 @@ def same_answer(gold, answer):
     if not math_verify(*parsed, timeout_seconds=alarm_seconds()):
         return False
     # math-verify compares numbers to 6 decimals, which holds all tiny ones equal: these must agree relatively, too.
-    numbers = [candidates[0].evalf() for candidates in parsed if getattr(candidates[0], "is_number", False)]
-    tiny = len(numbers) == 2 and 0 < abs(numbers[0]) < 1e-3
-    return not tiny or bool(abs(numbers[0] - numbers[1]) < 1e-6 * abs(numbers[0]))
+    numbers = [found[0].doit().evalf() for found in parsed if getattr(found[0], "is_number", False)]
+    try:
+        tiny = len(numbers) == 2 and 0 < abs(numbers[0]) < 1e-3
+        return not tiny or bool(abs(numbers[0] - numbers[1]) < 1e-6 * abs(numbers[0]))
+    except TypeError:  # nan and the like have no size
+        return True
 
 
 def grade(texts, problems, finished=None):
@@ -636,7 +639,8 @@ class Optimizer:
         A gradient that is not finite updates nothing; ten in a row raise UserError.
         """
         grads = [parameter.grad for _, parameter, _, _ in self.slots if parameter.grad is not None]
-        norm = math.hypot(*(torch.linalg.vector_norm(grad, dtype=torch.float32).item() for grad in grads))
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32).to(grads[0].device) for grad in grads]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
         self.norms.append(norm)
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         if self.skipped_in_a_row:
@@ -984,14 +988,13 @@ def peak_memory_gb():
 
 def reporter(args):
     """A function (record, step=...) that logs to --report_to. Raises UserError if that package is not installed."""
-    if args.report_to == "none":
-        return lambda record, step: None
     try:
-        tracker = importlib.import_module(args.report_to)
+        tracker = importlib.import_module(args.report_to) if args.report_to != "none" else None
     except ImportError:
         raise UserError(f"--report_to {args.report_to}: not installed; pip install it, or use --report_to none")
-    tracker.init(project=Path.cwd().name, name=args.output_dir, config=vars(args))
-    return tracker.log
+    if tracker:
+        tracker.init(project=Path.cwd().name, name=args.output_dir, config=vars(args))
+    return tracker.log if tracker else lambda record, step: None
 
 
 def draw_curves(folder):

@@ -227,6 +227,7 @@ MISTAKES = [
     ("grpo.py", {"num_minibatches": "3"}, "--num_minibatches"),
     ("bupo.py", {"internal_layer": "3"}, "--internal_layer"),
     ("bupo.py", {"internal_layer": "-1"}, "--internal_layer"),
+    ("bupo.py", {"internal_layer": "first"}, "--internal_layer"),
     ("grpo.py", {"num_prompts": "100"}, "--num_prompts"),
     ("grpo.py", {"max_prompt_length": "2"}, "--max_prompt_length"),
     ("grpo.py", {"data": "missing.jsonl"}, "missing.jsonl"),
