@@ -237,11 +237,14 @@ class Entry:
 
 
 def labels_of(paths):
-    """The shortest ends of paths that tell them apart: runs/grpo, runs/em -> grpo, em. Raises UserError for doubles."""
+    """The shortest ends of paths that tell them apart: runs/grpo, runs/em -> grpo, em. A model inside a run bears the
+    run's name: em/best, grpo/checkpoint-100. Raises UserError for doubles."""
     parts = [Path(path.removesuffix(".jsonl")).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
-        if len({part[-length:] for part in parts}) == len(parts):
-            return ["/".join(part[-length:]) for part in parts]
+        lengths = [max(length, 2) if re.match("checkpoint-|best$", part[-1]) else length for part in parts]
+        labels = ["/".join(part[-n:]) for part, n in zip(parts, lengths)]
+        if len(set(labels)) == len(labels):
+            return labels
     raise common.UserError(f"{' '.join(paths)}: one of them is listed twice; drop it")
 
 
@@ -486,8 +489,12 @@ def results_table(results, columns):
 
 
 # Okabe and Ito's colours, of different lightness; line and mark tell the models apart in grey, too.
-COLOURS = ("black", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
-STYLES = list(zip(COLOURS, ("-", "--", "-.", ":", "-", "--"), ("o", "s", "^", "D", "v", "P")))
+COLOURS, LINES, MARKS = (
+    ("black", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"),
+    ("-", "--", "-.", ":"),
+    "os^Dv",
+)
+STYLES = [(COLOURS[i % 6], LINES[i % 4], MARKS[i % 5]) for i in range(60)]
 
 
 def draw_panels(path, labels, panels, ticks=None, note=""):
@@ -502,7 +509,7 @@ def draw_panels(path, labels, panels, ticks=None, note=""):
     for axis in axes[len(panels) :]:
         axis.remove()
     for axis, (title, xlabel, ylabel, lines, faint) in zip(axes, panels):
-        for i, (label, (colour, line, mark)) in enumerate(zip(labels, itertools.cycle(STYLES))):
+        for i, (label, (colour, line, mark)) in enumerate(zip(labels, STYLES)):
             if label in faint:
                 axis.plot(*faint[label], color=colour, linestyle=line, linewidth=0.8, alpha=0.5)
             if label in lines:
@@ -705,7 +712,8 @@ def main(args):
 
     # 3. Figures.
     draw_results(folder, labels, results, args)
-    runs = {entry.run: entry.label for entry in reversed(entries) if entry.run}  # a run and its checkpoints: one curve
+    by_name = sorted(entries, key=lambda entry: entry.run == Path(entry.path))  # a run and its checkpoints: one curve
+    runs = {entry.run: entry.label for entry in by_name if entry.run}
     if runs:
         draw_training(folder / "training_curves.png", labels, {label: run for run, label in runs.items()})
     if args.logit_statistics:

@@ -35,6 +35,7 @@ EMBEDDED = dict(
     max_steps=1500,
     num_prompts=32,
     learning_rate=5e-3,
+    max_completion_length=64,
     micro_batch_tokens=1024,
     gradient_checkpointing=False,
     save_steps=500,

@@ -527,12 +527,13 @@ def test_entropy_and_kl_are_means_over_all_tokens(world, temperature):
     assert row["kl_to_start"] == pytest.approx(sum(k3) / len(k3), rel=1e-3) and row["kl_to_start"] > 1e-6
 
 
-def test_a_plain_model_has_no_start_and_a_checkpoint_has_that_of_its_run(world, capsys):
-    results = evaluation(world, models=["base", "runs/a", "runs/a/checkpoint-1"])
-    rows = rows_of(results)
-    assert list(rows) == ["base", "a", "checkpoint-1"]
+def test_a_plain_model_has_no_start_and_a_checkpoint_has_that_of_its_run(world, monkeypatch, capsys):
+    curves = []
+    monkeypatch.setattr(evaluate, "draw_training", lambda path, labels, runs: curves.append(runs))
+    rows = rows_of(evaluation(world, models=["base", "runs/a/checkpoint-1", "runs/a"]))
+    assert list(rows) == ["base", "a/checkpoint-1", "a"] and curves == [{"a": world / "runs" / "a"}]
     assert rows["base"]["kl_to_start"] is None and capsys.readouterr().out.splitlines()[2].count("| - ") == 1
-    assert 0 < rows["checkpoint-1"]["kl_to_start"] != rows["a"]["kl_to_start"]
+    assert 0 < rows["a/checkpoint-1"]["kl_to_start"] != rows["a"]["kl_to_start"]
 
 
 def test_a_start_that_is_gone_costs_the_kl_and_nothing_else(world, monkeypatch, capsys):
@@ -755,6 +756,7 @@ def test_unequal_lengths_allowed_are_said(world, tmp_path, capsys):
 def test_labels_are_the_shortest_that_tell_apart():
     assert evaluate.labels_of(["runs/grpo", "runs/em/"]) == ["grpo", "em"]
     assert evaluate.labels_of(["x/test.jsonl", "y/test.jsonl"]) == ["x/test", "y/test"]
+    assert evaluate.labels_of(["runs/em/best", "runs/em"]) == ["em/best", "em"]
     assert evaluate.labels_of(["grpo", "runs/grpo", "Qwen/Qwen3-0.6B"]) == ["grpo", "runs/grpo", "Qwen/Qwen3-0.6B"]
 
 
