@@ -32,11 +32,11 @@ import warnings
 from collections import defaultdict
 from pathlib import Path
 
-import common  # before torch: it says how torch's threads wait for each other
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import common
 from common import UserError
 
 # Options that mean here what they mean to the training scripts.

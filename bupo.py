@@ -13,7 +13,7 @@ Against grpo.py:
 - the log-prob gap is void in phase one: there the ratio limits the size of an update, it corrects no sampling
 
     python bupo.py                                           # embedded model, no GPU, no network: minutes
-    python bupo.py --internal_steps 80 --output_dir runs/bupo_all    # phase one for ever: the paper's collapse
+    python bupo.py --internal_steps 100 --output_dir runs/bupo_all   # phase one for ever: the paper's collapse
     python bupo.py --model Qwen/Qwen3-4B --data deepmath.jsonl --eval_data math500.jsonl
 """
 
@@ -21,14 +21,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-import common  # before torch: it says how torch's threads wait for each other
 import torch
+
+import common
 from common import option
 
 # Overrides of the defaults below when the embedded model runs.
 EMBEDDED = dict(
     system_prompt="",
-    max_steps=80,
+    max_steps=100,
     num_prompts=16,
     num_generations=16,
     num_minibatches=1,

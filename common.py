@@ -35,10 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Threads that wait sleep: spinning ones starve each other where cores are shared, and a tiny model then takes twice as
-# long. Read once, when torch is loaded, so this file is imported before torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 import torch.nn.functional as F
 from math_verify import parse as math_parse, verify as math_verify

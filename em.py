@@ -27,8 +27,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-import common  # before torch: it says how torch's threads wait for each other
 import torch
+
+import common
 from common import option
 
 # Overrides of the defaults below when the embedded model runs.

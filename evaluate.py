@@ -37,9 +37,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import common  # before torch: it says how torch's threads wait for each other
 import torch
 from tqdm import tqdm
+
+import common
 
 
 # Options in which an evaluation follows the runs' training, unless the command line says otherwise.

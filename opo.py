@@ -23,14 +23,15 @@ Against grpo.py:
 from collections import Counter
 from dataclasses import dataclass
 
-import common  # before torch: it says how torch's threads wait for each other
 import torch
+
+import common
 from common import option
 
 # Overrides of the defaults below when the embedded model runs.
 EMBEDDED = dict(
     system_prompt="",
-    max_steps=80,
+    max_steps=100,
     num_prompts=16,
     num_generations=16,
     learning_rate=2e-4,

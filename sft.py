@@ -21,22 +21,22 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import common  # before torch: it says how torch's threads wait for each other
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import common
 from common import option
 
 # Overrides of the defaults below when the embedded model is built.
 EMBEDDED = dict(
     output_dir=str(common.EMBEDDED_MODEL),
     system_prompt="",
-    max_steps=1500,
+    max_steps=1600,
     num_prompts=32,
     learning_rate=5e-3,
     max_completion_length=64,
-    micro_batch_tokens=1024,
+    micro_batch_tokens=2048,
     gradient_checkpointing=False,
     save_steps=500,
     save_total_limit=1,
@@ -118,6 +118,9 @@ def ensure_embedded():
         main(args)
 
 
+SLIPS = 0.18  # share of wrong steps: samples are right one time in three at most, however well the model has learnt
+
+
 def teach(text, generator):
     """The imperfect teacher's completion for an arithmetic prompt such as '7+15-3+8='.
 
@@ -131,7 +134,7 @@ def teach(text, generator):
         return f"\\boxed{{{value}}}"
     for term in terms[1:]:
         result = value + int(term)
-        result += wrong_by(result, generator) if generator.random() < 0.15 else 0
+        result += wrong_by(result, generator) if generator.random() < SLIPS else 0
         steps.append(f"{value}{term}={result}")
         value = result
     return ";".join([*steps, f"\\boxed{{{value}}}"])
