@@ -4,7 +4,7 @@ Objective, a mean over all completion tokens of a batch:
     L = -log pi(o_t | prompt, o_<t)
 
 The embedded task is a chain of three additions and subtractions. Its teacher is imperfect on purpose, in two ways: it
-works step by step in 60% of its examples and guesses at once in 40% (right 3 times in 10); and it slips in 15% of its
+works step by step in 60% of its examples and guesses at once in 40% (right 3 times in 10); and it slips in 18% of its
 steps. A model that imitates it has a mode that is better than its samples: a better behaviour is there to be amplified.
 That is what the reinforcement learning of grpo.py, bupo.py and opo.py finds, and what the entropy minimization of em.py
 bets on.
@@ -127,8 +127,8 @@ def teach(text, generator):
     Step by step: '7+15=22;22-3=19;19+8=27;\\boxed{27}'. A slip puts a wrong result, and the work goes on from there.
     """
     terms = text.rstrip("=").replace("+", " +").replace("-", " -").split()
-    value, steps, slips = int(terms[0]), [], generator.random() < 0.6
-    if not slips:  # a guess at once
+    value, steps = int(terms[0]), []
+    if generator.random() >= 0.6:  # a guess at once
         value = sum(map(int, terms))
         value += 0 if generator.random() < 0.3 else wrong_by(value, generator)
         return f"\\boxed{{{value}}}"
