@@ -270,8 +270,8 @@ def test_the_teacher_is_as_imperfect_as_it_says():
     assert 0.54 < sum(worked) / 2000 < 0.66
     guesses = [r for r, w in zip(right, worked) if not w]
     assert 0.22 < sum(guesses) / len(guesses) < 0.38
-    steps = [r for r, w in zip(right, worked) if w]  # three steps without a slip, 0.85 ** 3, or slips that cancel
-    assert 0.54 < sum(steps) / len(steps) < 0.70
+    steps = [r for r, w in zip(right, worked) if w]  # three steps without a slip, 0.82 ** 3, or slips that cancel
+    assert 0.48 < sum(steps) / len(steps) < 0.64
     tokenizer = sft.embedded_tokenizer()
     assert all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for text in texts[:100])
 
