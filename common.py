@@ -805,8 +805,7 @@ class Run:
         with contextlib.suppress(ValueError):  # outside the main thread signals stay as they are
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
-        if not self.start:
-            self.evaluate(0)
+        print(f"{self.folder}: resuming after step {self.start}") if self.start else self.evaluate(0)
         self.bar = tqdm(total=args.max_steps, initial=self.start, unit="step", mininterval=1.0)
         for step in range(self.start + 1, args.max_steps + 1):
             torch.manual_seed(step_seed(args.seed, step))  # nothing here draws from it; a model with dropout does
