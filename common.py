@@ -184,7 +184,11 @@ def read_rows(source, split="train"):
             from datasets import load_dataset
         except ImportError:
             raise UserError(f"{source}: no such file; if it is a hub data set, `pip install datasets` first")
-        yield from ((f"{source}:{i}", row) for i, row in enumerate(load_dataset(source, split=split)))
+        try:
+            rows = load_dataset(source, split=split)
+        except Exception as error:  # of many kinds: no such data set, no such split, no network
+            raise UserError(f"{source}, split {split}: cannot be loaded ({str(error)[:100]}); check the name")
+        yield from ((f"{source}:{i}", row) for i, row in enumerate(rows))
         return
     path = source
     try:
@@ -208,8 +212,9 @@ def read_rows(source, split="train"):
 def is_prompt(value):
     """True for text and for chat messages: [{'role': text, 'content': text}, ...], neither of them empty."""
     if isinstance(value, list) and value:
-        return all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in value)
-    return isinstance(value, str) and bool(value.strip())
+        return all(isinstance(m, dict) and is_prompt((m.get("role"), m.get("content"))) for m in value)
+    texts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(text, str) and text.strip() for text in texts)
 
 
 def problem_from_row(where, row, labels=True):
@@ -244,6 +249,11 @@ def load_problems(source, split="train", limit=0, system_prompt="", labels=True)
             print(f"{len(unparsable)} gold answers compare as text only: {', '.join(unparsable[:9])}", file=sys.stderr)
     if not problems:
         raise UserError(f"{source}: holds no problem; every line must hold a JSON object with a problem and its answer")
+    return add_system_prompt(problems, system_prompt)
+
+
+def add_system_prompt(problems, system_prompt):
+    """Put a system message before every prompt that has none; '' leaves them as they are."""
     for p in problems if system_prompt else ():
         messages = [{"role": "user", "content": p.prompt}] if isinstance(p.prompt, str) else p.prompt
         if messages[0]["role"] != "system":
@@ -273,7 +283,11 @@ def encode(tokenizer, prompt, chat_template_kwargs=None):
 def tokenize_problems(tokenizer, problems, max_prompt_length, chat_template_kwargs=None):
     """Set `ids` of every problem; drop and list those over max_prompt_length. Raises UserError if none is left."""
     for p in problems:
-        p.ids = encode(tokenizer, p.prompt, chat_template_kwargs)
+        try:
+            p.ids = encode(tokenizer, p.prompt, chat_template_kwargs)
+        except Exception as error:  # whatever a template raises
+            remedy = "mend the messages or --chat_template_kwargs, or try --system_prompt ''"
+            raise UserError(f"{p.where}: the chat template refuses it ({str(error)[:100]}); {remedy}")
     kept = [p for p in problems if len(p.ids) <= max_prompt_length]
     long = [f"{p.where} ({len(p.ids)} tokens)" for p in problems if len(p.ids) > max_prompt_length]
     if not kept:
@@ -363,16 +377,23 @@ def load_model(path, device="auto", dtype="auto"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), use_safetensors=True)
-        model.to(device)
     except Exception as error:  # of many kinds: a missing file, a cut-off one, an unknown architecture, no network
         raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); pass a model folder or a hub id")
     backbone_of(model)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: the model cannot go there ({str(error)[:100]}); choose another device")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
         # save_pretrained refuses such a configuration (top_p beside do_sample=False, say): better now than after
         # training. Nothing here samples by it; only its end tokens are read.
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    for module in model.modules():  # dropout would make sampler, old and new policy three different ones
+        for name in ("p", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return model.eval(), tokenizer
 
 
@@ -392,6 +413,9 @@ def backbone_of(model):
     backbone = getattr(model, "model", None)
     if not all(hasattr(backbone, name) for name in ("layers", "norm", "embed_tokens")):
         raise UserError(f"{type(model).__name__}: no model.layers and model.norm; use a Qwen or Llama-like model")
+    for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise UserError(f"{type(model).__name__}: bends its logits ({name}); use a Qwen or Llama-like model")
     return backbone
 
 
@@ -759,6 +783,9 @@ class Run:
         # The newest whole checkpoint, and the step after which it was written; a half-written one has step 0.
         self.checkpoint = max([self.folder, *self.folder.glob("checkpoint-*")], key=step_of)
         self.start = 0 if args.overwrite else step_of(self.checkpoint)
+        foreign = [path for path in self.folder.glob("checkpoint-*") if path.suffix != ".tmp"]
+        if not self.start and not args.overwrite and foreign:
+            raise UserError(f"{foreign[0]}: not a whole checkpoint; --overwrite deletes it, --output_dir avoids it")
         before = json.loads((self.folder / "args.json").read_text()) if self.start else {}
         for name, value in vars(args).items():
             if self.start and str(before.get(name)) != str(value) and not name.startswith(RESUMABLE):
@@ -796,7 +823,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob("best")) if not self.start else ():
                 shutil.rmtree(path)
-            (self.folder / "trainer_state.json").unlink(missing_ok=True)
+            if not self.start:
+                (self.folder / "trainer_state.json").unlink(missing_ok=True)
             write_json(self.folder / "args.json", vars(args))
             for log in (self.folder / "metrics.jsonl", self.folder / "completions.jsonl"):
                 write_text(log, jsonl(read_log(log, self.start) if self.start else []))
@@ -920,7 +948,7 @@ class Run:
         self.tokenizer.save_pretrained(temporary)
         torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
         write_json(temporary / "trainer_state.json", {"step": step})
-        for path in temporary.iterdir():
+        for path in filter(Path.is_file, temporary.rglob("*")):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
@@ -929,7 +957,10 @@ class Run:
     def finish(self):
         """Model, tokenizer and optimizer into the run folder itself, then the curves."""
         self.write_model(self.folder / "final", self.args.max_steps)
+        (self.folder / "trainer_state.json").unlink(missing_ok=True)
         for path in sorted((self.folder / "final").iterdir()):  # trainer_state.json marks a finished run: it moves last
+            if path.is_dir():  # additional chat templates, of some tokenizers
+                shutil.rmtree(self.folder / path.name, ignore_errors=True)
             os.replace(path, self.folder / path.name)
         (self.folder / "final").rmdir()
         draw_curves(self.folder)
@@ -944,7 +975,7 @@ def step_seed(*parts):
 def step_of(folder):
     """The step after which a model folder was written whole; 0 for one that was not ('checkpoint-20.tmp', say)."""
     state = folder / "trainer_state.json"
-    return json.loads(state.read_text())["step"] if state.is_file() and folder.suffix != ".tmp" else 0
+    return json.loads(state.read_text()).get("step", 0) if state.is_file() and folder.suffix != ".tmp" else 0
 
 
 def jsonl(records):
@@ -978,7 +1009,7 @@ def write_json(path, value):
 def peak_memory_gb():
     """Peak GPU memory of this process, or its peak resident memory where there is no GPU, in 10^9 bytes."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident) / 1e9
+    return (torch.cuda.max_memory_allocated() or resident) / 1e9
 
 
 def reporter(args):

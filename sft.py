@@ -176,7 +176,8 @@ def collate(tokenizer, trajectories, seed, device):
     """
     completions = []
     for i, t in enumerate(trajectories):
-        text = t.response or teach(t.prompt, random.Random(f"{seed}-{i}"))
+        problem = t.prompt if isinstance(t.prompt, str) else t.prompt[-1]["content"]
+        text = t.response or teach(problem, random.Random(f"{seed}-{i}"))
         completions.append(tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
     return common.assemble([t.ids for t in trajectories], completions, tokenizer.pad_token_id, device)
 
@@ -188,12 +189,14 @@ def loss(logps, mask):
 
 def main(args):
     if args.model == "embedded":
+        if args.data != "arithmetic":
+            raise common.UserError(f"--data {args.data}: is for a trained model; pass one as --model, say runs/tiny")
         start = Path(args.output_dir) / "start"  # the untrained model: the same road as any model folder from here on
-        if args.overwrite or not start.exists():
+        if args.overwrite or not (start / "tokenizer.json").exists():
             build_embedded(start, args.seed)
         args = dataclasses.replace(args, model=str(start))
     run = common.Run(args)
-    model, tokenizer, optimizer = run.load(load_trajectories(args.data))
+    model, tokenizer, optimizer = run.load(common.add_system_prompt(load_trajectories(args.data), args.system_prompt))
 
     for step, trajectories in run.steps():
         batch = collate(tokenizer, trajectories, common.step_seed(args.seed, step), model.device)
