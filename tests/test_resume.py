@@ -245,3 +245,36 @@ def test_killed_at_any_moment(model_folder, data):
     for folder in ("cut", "whole"):
         subprocess.run([sys.executable, ROOT / "bupo.py", *options, "--output_dir", folder], check=True)
     assert_same("cut", "whole")
+
+
+def test_extending_a_finished_run_keeps_it_until_the_new_one_is_whole(model_folder, data, monkeypatch):
+    """A finished run without checkpoints is its own checkpoint: dropped at the start, a kill loses everything."""
+    grpo.main(settings(grpo, model_folder, data, max_steps=2, save_steps=0, output_dir="cut"))
+    with monkeypatch.context() as m:
+        m.setattr(common, "grade_rollouts", lambda *a: 1 / 0)  # dies in step 3
+        with pytest.raises(ZeroDivisionError):
+            grpo.main(settings(grpo, model_folder, data, max_steps=4, save_steps=0, output_dir="cut"))
+    grpo.main(settings(grpo, model_folder, data, max_steps=4, save_steps=0, output_dir="cut"))
+    grpo.main(settings(grpo, model_folder, data, max_steps=4, save_steps=0, output_dir="whole"))
+    assert read_jsonl("cut/completions.jsonl") == read_jsonl("whole/completions.jsonl")
+
+
+def test_foreign_checkpoints_are_not_deleted(model_folder, data):
+    """Another program's checkpoint in --output_dir is somebody's work: only --overwrite may remove it."""
+    Path("run/checkpoint-500").mkdir(parents=True)
+    Path("run/checkpoint-500/trainer_state.json").write_text('{"global_step": 500}')
+    with pytest.raises(common.UserError, match="checkpoint-500.*--overwrite"):
+        grpo.main(settings(grpo, model_folder, data))
+    assert Path("run/checkpoint-500").exists()
+
+
+def test_a_tokenizer_with_several_templates_is_saved(model_folder, data):
+    """Some tokenizers save a folder of further chat templates: found at the end of a run, it would lose the run."""
+    folder = Path("several")
+    shutil.copytree(model_folder, folder)
+    tokenizer = common.load_model(str(folder))[1]
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    tokenizer.save_pretrained(folder)
+    for max_steps in (1, 2):  # the second time the folder is there already
+        grpo.main(settings(grpo, folder, data, max_steps=max_steps, eval_steps=0))
+    assert [path.name for path in Path("run").iterdir() if path.is_dir() and "template" in path.name]
