@@ -66,15 +66,15 @@ def pass_at_k(n, c, k):
 
 
 def group_answers(answers):
-    """For each answer (text or None) the index of the first one equal to it; None for None.
+    """For each answer the index of the first one equal to it; None for '', which is none.
 
     Comparing is slow and not symmetric: a new text is compared with the first of each group, which takes gold's place.
     """
     groups = {}  # text -> index of the first of its group
     for i, answer in enumerate(answers):
-        if answer is not None and answer not in groups:
+        if answer and answer not in groups:
             firsts = dict.fromkeys(groups.values())
-            groups[answer] = next((j for j in firsts if common.same_answer(answers[j], answer)), i)
+            groups[answer] = next((j for j in firsts if common.verifier([(answers[j], answer)]) == ["right"]), i)
     return [groups.get(answer) for answer in answers]
 
 
@@ -404,8 +404,7 @@ def measure(records, ks):
     values, totals = defaultdict(list), Counter()
     for record in records:
         rewards, lengths = grade_record(record), [len(ids) for ids in record["token_ids"]]
-        boxes = [common.last_boxed(text) if done else None for text, done in zip(record["texts"], record["finished"])]
-        groups = group_answers([box if box and len(box) <= 2000 else None for box in boxes])  # what common.grade reads
+        groups = group_answers([*map(common.gradable, record["texts"], record["finished"])])
         n, right = len(rewards), rewards.count(1.0)
         values[f"avg@{n}"].append(right / n)
         for k in ks:
