@@ -154,8 +154,8 @@ def measure(config, args):
     optimizer, parameters = common.Optimizer(model, args), list(model.parameters())
     longest, n = args.max_prompt_length + args.max_completion_length, args.micro_batch_tokens
     full, rows = n // longest, args.max_rollout_tokens // longest
-    prompts = [args.max_prompt_length - (i == 1) for i in range(2 * full)]  # one row shorter: a mask is needed
-    batch = random_rollouts(config.vocab_size, [1] * len(prompts), [longest - 1 - (p % 2) for p in range(2 * full)])
+    lengths = [longest - 1 - i % 2 for i in range(2 * full)]  # not all the same: attention needs a mask
+    batch = random_rollouts(config.vocab_size, [1] * len(lengths), lengths)
 
     def sample():
         ragged = [batch.ids[0, : args.max_prompt_length - i].tolist() for i in range(2)]
