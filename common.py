@@ -65,8 +65,8 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A UserError, a full disk or a full GPU becomes one line on stderr and exit status 2. Other exceptions are bugs and
-    keep their traceback."""
+    """A UserError, a full disk or a full GPU becomes one line on stderr and exit status 2. Other exceptions are bugs
+    and keep their traceback."""
     try:
         yield
         return
@@ -113,7 +113,7 @@ class RunArgs:
     device: str = option("auto", "'auto' (cuda if there is one), 'cpu', 'cuda', 'cuda:1', ...")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "of weights; auto: bfloat16 on cuda, else float32")
     gradient_checkpointing: bool = option(True, "recompute blocks in the backward pass: less memory, a third more time")
-    optimizer_device: Literal["", "cpu"] = option("", "'cpu' keeps fp32 masters and moments in host memory; '': beside the weights")
+    optimizer_device: Literal["", "cpu"] = option("", "'cpu': fp32 masters and moments in host memory; '': on --device")
     grade_timeout: float = option(3.0, "seconds the verifier may spend on one answer, which then scores 0")
     max_grader_errors: float = option(0.2, "stop when a larger share of a step's answers defeats the verifier")
     seed: int = option(0, "drives data order and sampling")
@@ -130,9 +130,10 @@ class RunArgs:
     def __post_init__(self):
         """Raise UserError for a value that could only fail later."""
         for name, value in vars(self).items():
-            above, low = re.fullmatch("max_.*|num_.*|micro_.*|.*temperature|.*_samples|grade_.*|delta", name), name == "delta"
+            above = re.fullmatch("max_.*|num_.*|micro_.*|.*temperature|.*_samples|grade_.*|delta", name)
+            low = 1 if name == "delta" else 0  # the dual clip starts beyond the policy's own ratio
             if type(value) in (int, float) and not (value > low or (value == low and not above)):
-                raise UserError(f"--{name} {value}: must be {'above' if above else 'at least'} {low:d}")
+                raise UserError(f"--{name} {value}: must be {'above' if above else 'at least'} {low}")
         try:
             json.loads(self.chat_template_kwargs).items()
         except (ValueError, AttributeError):
@@ -478,7 +479,7 @@ def load_model(path, device="auto", dtype="auto"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), use_safetensors=True)
     except Exception as error:  # of many kinds: a missing file, a cut-off one, an unknown architecture, no network
-        raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); check name and network, or pass a folder")
+        raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); check name and network")
     backbone_of(model)
     try:
         model.to(device)
@@ -876,7 +877,7 @@ def kl_between(model, other, rollouts, micro_batch_tokens, temperature=1.0):
 RESUMABLE = ("max_steps", "save_", "eval_", "report_to", "micro_batch_tokens", "overwrite", "output_dir")
 
 
-# What goes wrong in training without an error: name -> (when, told from a step's metrics; what it means and what to try).
+# What goes wrong in training without an error: name -> (when, told from a step's metrics; what it means, what to try).
 FAULTS = {
     "no signal": (lambda m: m.get("optimizer_steps") == 0 and not m["skipped_steps"],
         "every group's rewards are all equal: nothing was learnt; take easier or harder --data, or prime with sft.py"),
@@ -944,7 +945,7 @@ class Run:
             state = torch.load(path / "optimizer.pt", "cpu", weights_only=True) if self.start else {}
             self.optimizer.load_state_dict(state)
         except Exception as error:  # of many kinds: missing, cut off, of another model, not a state at all
-            raise UserError(f"{path}/optimizer.pt: cannot be read ({str(error)[:80]}); delete {path} to start before it")
+            raise UserError(f"{path}/optimizer.pt: cannot be read ({str(error)[:80]}); delete {path} to go back")
         return self.model, self.tokenizer, self.optimizer
 
     def steps(self):
@@ -1026,25 +1027,23 @@ class Run:
             answer |= dict(reward=rewards[p, g].item(), length=int(lengths[i]), finished=bool(rollouts.finished[i]))
             answers.append(answer | dict(advantage=None if advantages is None else advantages[p, g].item()))
         append_jsonl(self.folder / "completions.jsonl", answers)
+        names = dict(grader_timeouts="timeout", grader_errors="error", unparsable_golds="unparsable")
+        undecided = {name: rollouts.verdicts.count(verdict) for name, verdict in names.items()}
         metrics = dict(
             reward=rewards.mean().item(),
             **summary(rollouts, rewards),
             length_right=lengths[right].mean().item() if right.any() else None,
             length_wrong=lengths[~right].mean().item() if not right.all() else None,
             zero_variance_share=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-            grader_timeouts=rollouts.verdicts.count("timeout"),
-            grader_errors=rollouts.verdicts.count("error"),
-            unparsable_golds=rollouts.verdicts.count("unparsable"),
+            **undecided,
             **metrics,
         )
         self.lap("bookkeeping")
         metrics["tokens_per_second"] = lengths.sum().item() / sum(self.stages.values())
         self.record(step, metrics, ("reward", "accuracy", "response_length", "entropy"))
-        failed = metrics["grader_timeouts"] + metrics["grader_errors"] + metrics["unparsable_golds"]
-        if failed > self.args.max_grader_errors * len(rollouts.texts):
-            found = ", ".join(f"{metrics[name]} {name}" for name in ("grader_timeouts", "grader_errors", "unparsable_golds"))
+        if sum(undecided.values()) > self.args.max_grader_errors * len(answers):
             remedy = "mend the golds of --data, raise --grade_timeout or --max_grader_errors"
-            raise UserError(f"step {step}: of {len(rollouts.texts)} answers {found}: these rewards teach noise; {remedy}")
+            raise UserError(f"step {step}: no verdict on too many of {len(answers)} answers, {undecided}; {remedy}")
 
     def evaluate(self, step):
         """Sampled and greedy accuracy on held-out problems and the KL to the starting model, into metrics.jsonl."""

@@ -1,4 +1,4 @@
-"""The hub, played by a local server: models and data sets come through huggingface_hub, and only what is safe is read."""
+"""The hub, played by a local server: models and data sets come through huggingface_hub; only what is safe is read."""
 
 import json
 import os
@@ -48,9 +48,9 @@ def hub(tmp_path, model_folder, data, monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    home = str(tmp_path / "cache")
-    for name, value in dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=home, HF_HUB_OFFLINE="0").items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     yield server
     server.shutdown()
 

@@ -1,5 +1,6 @@
 """The verifier: 300 labelled answers, clean and hostile; fuzz; killed workers; counts that stop a run."""
 
+import math
 import os
 import random
 import signal
@@ -100,20 +101,24 @@ def labelled():
     return [(*row, False) for row in clean] + [("3", text, False, True) for text in hostile]
 
 
+def judge(rows):
+    return common.judge([text for _, text, *_ in rows], [common.Problem("?", gold) for gold, *_ in rows])
+
+
 def test_three_hundred_labelled_answers(verifier):
     """No hang, no dead pool, no time lost beyond the limit, and right answers stay right beside hostile ones."""
     rows = labelled()
     assert len(rows) >= 300
-    random.Random(0).shuffle(rows)
+    hostile = [row for row in rows if row[3]]
     start = time.perf_counter()
-    verdicts = common.judge([text for _, text, *_ in rows], [common.Problem("?", gold) for gold, *_ in rows])
+    verdicts = judge(hostile)
     seconds = time.perf_counter() - start
     bad = sum(verdict in ("timeout", "error") for verdict in verdicts)
-    assert seconds <= LIMIT * bad / verifier.workers + 5
-    wrong = [row for row, verdict in zip(rows, verdicts) if (verdict == "right") != row[2]]
-    clean = [row for row in wrong if not row[3]]
+    assert seconds <= LIMIT * math.ceil(bad / verifier.workers) + 5
+    random.Random(0).shuffle(rows)
+    wrong = [row for row, verdict in zip(rows, judge(rows)) if (verdict == "right") != row[2]]
     assert not [row for row in wrong if row[3]]  # hostile answers earn nothing
-    assert len(clean) <= 0.02 * sum(not hostile for *_, hostile in rows), clean
+    assert len(wrong) <= 0.02 * (len(rows) - len(hostile)), wrong
     assert verifier([("3", "6/2")]) == ["right"]  # the pool is alive
 
 
@@ -215,9 +220,14 @@ def test_fuzzed_answers(n, verifier):
 def test_a_run_whose_verifier_fails_stops(model_folder, data, monkeypatch, capsys):
     """Rewards of 0 for answers nobody could grade look like a model that cannot do the task: say so and stop."""
     real = common.Verifier.__call__
-    fails = lambda self, pairs: [verdict if verdict == "right" else "timeout" for verdict in real(self, pairs)]  # noqa: E731
-    monkeypatch.setattr(common.Verifier, "__call__", fails)
-    with pytest.raises(common.UserError, match="step 1: of 8 answers .* grader_timeouts.*--grade_timeout"):
+
+    def slow(self, pairs):
+        return ["right" if verdict == "right" else "timeout" for verdict in real(self, pairs)]
+
+    monkeypatch.setattr(common.Verifier, "__call__", slow)
+    with pytest.raises(
+        common.UserError, match="step 1: no verdict .* of 8 answers.*'grader_timeouts': .*--grade_timeout"
+    ):
         grpo.main(arguments(grpo, model_folder, data, max_grader_errors=0.1))
     (record,) = read_jsonl("run/metrics.jsonl")
     assert record["grader_timeouts"] > 0 and record["grader_errors"] == record["unparsable_golds"] == 0
