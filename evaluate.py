@@ -356,7 +356,7 @@ def draw(entry, path, data, temperature, args, load):
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a last line cut off by a kill
     if not path.is_file() or not path.stat().st_size:
-        common.append_jsonl(path, [header])
+        common.append_jsonl(path, [header | dict(training_seconds=training_seconds(entry.path))])
         for name in PROBES:
             probe_file(path, name).unlink(missing_ok=True)
     check_header(path, header)
@@ -711,7 +711,7 @@ def main(args):
     (folder / "samples").mkdir(parents=True, exist_ok=True)
 
     # 1. Sample what is not there yet; then everything is computed from what is there.
-    measured, probed = {}, {name: {} for name in PROBES if getattr(args, name)}
+    measured, seconds, probed = {}, {}, {name: {} for name in PROBES if getattr(args, name)}
     for entry in entries:
         load = functools.cache(lambda path, s=entry.settings: common.load_model(path, s.device, s.dtype))
         for data, t in itertools.product(args.data, args.temperatures):
@@ -723,7 +723,8 @@ def main(args):
                 check_header(path, dict(num_samples=args.num_samples))
             else:
                 draw(entry, path, data, t, args, load)
-            measured[entry.label, data, t] = measure(read_samples(path, problem_limit(args, data))[1], args.ks)
+            header, records = read_samples(path, problem_limit(args, data))
+            measured[entry.label, data, t], seconds[entry.label] = measure(records, args.ks), header["training_seconds"]
             if not measured[entry.label, data, t][0]:
                 raise common.UserError(f"{path}: holds no answer yet; run this command without --rescore first")
             for name in probed if (data, t) == (args.data[0], args.temperatures[-1]) else ():
@@ -731,7 +732,7 @@ def main(args):
     results = []
     for t, data, entry in itertools.product(args.temperatures, sets, entries):
         figures = score([measured[entry.label, source, t] for source in sets[data]], args.seed)
-        figures["training_seconds"] = training_seconds(entry.path)
+        figures["training_seconds"] = seconds[entry.label]
         results.append(dict(model=entry.label, data=data, temperature=t, samples=args.num_samples, **figures))
     every_run, labels = results, [entry.label for entry in entries]
     if args.over_seeds:
