@@ -83,7 +83,7 @@ def main():
         print(f"{'with' if checkpointing else 'without'} gradient checkpointing: full {full:.2f} s, head {head:.2f} s")
         for k, (taken, budget) in internal.items():
             print(
-                f"  block {k}: {taken:.2f} s, {taken / full:.2f} of full; / ((k+1)/L blocks + head) {taken / budget:.2f}"
+                f"  block {k}: {taken:.2f} s, {taken / full:.2f} of full; of (k+1)/L blocks + head {taken / budget:.2f}"
             )
     print("aim: the last figure at most 1.15")
 
