@@ -71,6 +71,8 @@ def main():
             style = "ko-" if label == "step" else ".--"
             axis.loglog(sizes, column, style, label=f"{label}, slope {slopes[-1]:.2f}")
         axis.set(xlabel=name, title=f"seconds per step against {name}")
+        axis.set_xticks(sizes[::3], sizes[::3])
+        axis.set_xticks([], minor=True)
         axis.legend(fontsize=8)
         stages = ", ".join(f"{stage} {value:.2f}" for stage, value in zip(STAGES, slopes))
         print(f"{name} {sizes[0]} to {sizes[-1]}: {costs[0][-1]:.2f} to {costs[-1][-1]:.2f} s", flush=True)
