@@ -56,7 +56,8 @@ def trl_worker(folder, prompts, max_completion_length, rows):
 
     class Turns(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
-            sys.stdin.readline()
+            if not sys.stdin.readline():
+                sys.exit()  # the other side is gone
             self.start = time.perf_counter()
 
         def on_step_end(self, args, state, control, **_):
