@@ -13,6 +13,7 @@ What fails or takes too long leaves its reason in the table. Some eight minutes 
 import argparse
 import datetime
 import gc
+import os
 import signal
 from unittest import mock
 
@@ -218,6 +219,7 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         return print("no CUDA device here: nothing measured")
+    torch.set_num_threads(os.cpu_count())  # conftest.py leaves one; the optimizer on the host wants all
     device, columns = torch.device("cuda"), {}
     rate = matrix_rate(device)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
