@@ -4,7 +4,7 @@ Sampling by the library's loop and by transformers' continuous batching under th
 vocabulary, no end token); training with gradient checkpointing, on sequences of equal and of ragged lengths; the plan
 of bench_memory.py beside the measured peaks; the passes of phase one (block 5) against their budget; the optimizer
 beside the weights and on the host. Each figure is printed once it is there, all of them as a Markdown table at the end.
-What fails or takes too long leaves its reason in the table. Eight minutes at most; without a GPU, one line.
+What fails or takes too long leaves its reason in the table. Some eight minutes for all three; without a GPU, one line.
 
     python tests/bench_gpu.py
     python tests/bench_gpu.py --models Qwen3-4B --limit 200
@@ -13,6 +13,7 @@ What fails or takes too long leaves its reason in the table. Eight minutes at mo
 import argparse
 import datetime
 import gc
+import os
 import signal
 from unittest import mock
 
@@ -76,8 +77,8 @@ def sampling(model, rate):
     peak_gib(model.device)
     time = seconds(lambda: common.sample(model, tokenizer, prompts, SAMPLES, NEW_TOKENS))
     lengths = dict(max_prompt_length=max(PROMPTS), max_completion_length=NEW_TOKENS)
-    rows = len(prompts) * SAMPLES * sum(lengths.values())
-    planned = plan(model.config, common.RunArgs(max_rollout_tokens=min(rows, 2**18), **lengths))["cache"]
+    tokens = min(2**18, len(prompts) * SAMPLES * sum(lengths.values()))  # at most the default: that bounds a wave
+    planned = plan(model.config, common.RunArgs(max_rollout_tokens=tokens, **lengths))["cache"]
     return {
         "sampling, common.sample: tokens/s": f"{len(prompts) * SAMPLES * NEW_TOKENS / time:.0f}",
         "its cache and logits: GiB (planned)": against_plan(peak_gib(model.device) - before, planned),
@@ -86,12 +87,12 @@ def sampling(model, rate):
 
 def continuous_batching(model, rate):
     """transformers' generate_batch; its start-up, timed by a run of one token, is told apart."""
-    prompts, outputs, times = random_prompts(model), {}, []
-    rules = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=SAMPLES, eos_token_id=-1)
+    # Prompts repeated: of num_return_sequences, transformers 5.17 hands back one sample per prompt only.
+    prompts, outputs, times = [p for p in random_prompts(model) for _ in range(SAMPLES)], {}, []
 
     def generate(n):
-        config = GenerationConfig(**rules, max_new_tokens=n)
-        outputs.update(model.generate_batch(prompts, generation_config=config))
+        rules = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=n, eos_token_id=-1)
+        outputs.update(model.generate_batch(prompts, generation_config=GenerationConfig(**rules)))
 
     implementation = model.config._attn_implementation
     model.eval()
@@ -99,12 +100,12 @@ def continuous_batching(model, rate):
         for n in (1, NEW_TOKENS):
             outputs.clear()
             times.append(seconds(lambda n=n: generate(n)))
-            sampled, wanted = sum(len(x.generated_tokens) for x in outputs.values()), n * SAMPLES * len(prompts)
+            sampled, wanted = sum(len(x.generated_tokens) for x in outputs.values()), n * len(prompts)
             if sampled < wanted:  # it swallows the exceptions of its own thread, and the alarm
                 raise RuntimeError(f"gave {sampled} of {wanted} tokens after {times[-1]:.0f} s")
     finally:
         model.train().set_attn_implementation(implementation)  # it leaves its own behind
-    tokens = SAMPLES * len(prompts) * NEW_TOKENS
+    tokens = len(prompts) * NEW_TOKENS
     return {
         "sampling, generate_batch: tokens/s": f"{tokens / times[1]:.0f}",
         "the same without start-up": f"{tokens * (1 - 1 / NEW_TOKENS) / (times[1] - times[0]):.0f}",
@@ -218,6 +219,7 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         return print("no CUDA device here: nothing measured")
+    torch.set_num_threads(os.cpu_count())  # conftest.py leaves one; the optimizer on the host wants all
     device, columns = torch.device("cuda"), {}
     rate = matrix_rate(device)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"

@@ -74,7 +74,8 @@ def plan(config, args):
     """
     s = 4 if args.dtype == "float32" else 2  # bytes of a weight, a gradient, an activation
     D, L, V, heads = config.hidden_size, config.num_hidden_layers, config.vocab_size, config.num_attention_heads
-    Q, K = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    head_dim = getattr(config, "head_dim", None) or D // heads
+    Q, K = heads * head_dim, config.num_key_value_heads * head_dim
     with torch.device("meta"):  # the very model, without its memory
         sizes = [p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()]
     longest = args.max_prompt_length + args.max_completion_length
@@ -93,7 +94,7 @@ def plan(config, args):
     if s == 4:
         attention -= 4 * D  # the first norm's input is the block's, counted below
     mlp = norm + 4 * s * config.intermediate_size  # gate, its SiLU, up, their product
-    inputs = L * s * D + 2 * s * config.head_dim + padded  # every block's; sines and cosines; the mask
+    inputs = L * s * D + 2 * s * head_dim + padded  # every block's; sines and cosines; the mask
     kept = inputs + (0 if args.gradient_checkpointing else L * (attention + mlp))
     # Backward through a block: itself, recomputed; two gradients as wide as the MLP; the stream and its gradient.
     block = (attention + mlp if args.gradient_checkpointing else 0) + 2 * s * (config.intermediate_size + D)

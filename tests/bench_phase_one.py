@@ -68,7 +68,7 @@ def phase_one(model, rollouts, micro_batch_tokens, layers, rounds=5):
     targets = torch.zeros(1, most, dtype=torch.long, device=model.device)
     full, only_head, *internal = alternating_medians([whole(), head, *map(whole, layers)], rounds)
     share = (full - only_head) / model.config.num_hidden_layers
-    return full, only_head, {k: (time, (k + 1) * share + only_head) for k, time in zip(layers, internal)}
+    return full, only_head, {k: (taken, (k + 1) * share + only_head) for k, taken in zip(layers, internal)}
 
 
 def main():
@@ -81,9 +81,9 @@ def main():
             model.gradient_checkpointing_enable({"use_reentrant": False})
         full, head, internal = phase_one(model, rollouts, MICRO_BATCH_TOKENS, LAYERS)
         print(f"{'with' if checkpointing else 'without'} gradient checkpointing: full {full:.2f} s, head {head:.2f} s")
-        for k, (time, budget) in internal.items():
+        for k, (taken, budget) in internal.items():
             print(
-                f"  block {k}: {time:.2f} s, {time / full:.2f} of full; / ((k+1)/L blocks + head) {time / budget:.2f}"
+                f"  block {k}: {taken:.2f} s, {taken / full:.2f} of full; of (k+1)/L blocks + head {taken / budget:.2f}"
             )
     print("aim: the last figure at most 1.15")
 
