@@ -1,9 +1,12 @@
 """Memory: the plan of tests/bench_memory.py is right, and what the head keeps does not grow with the vocabulary."""
 
+import importlib
+import weakref
+
 import pytest
 import torch
 from bench_memory import COMPONENTS, SHAPES, checks, plan
-from conftest import tiny_model
+from conftest import arguments, tiny_model
 
 import common
 
@@ -48,3 +51,28 @@ def kept_for_backward(V, tokens=256):
 def test_log_probs_keep_their_inputs_only():
     """Whatever is kept per token and word is gigabytes at 152,000 words; hidden states and targets are not."""
     assert kept_for_backward(32000) == kept_for_backward(1000) <= 256 * (32 * 4 + 8)
+
+
+@pytest.mark.parametrize("name", ["grpo", "bupo", "opo", "em", "sft"])
+def test_what_is_only_logged_holds_no_graph_during_backward(name, model_folder, data, monkeypatch):
+    """The head is recomputed in chunks for the backward pass. An entropy that nobody differentiates but somebody still
+    holds keeps what was recomputed of every chunk: two fp32 [tokens, V], 20 GB for Qwen3 at the defaults."""
+    script, held = importlib.import_module(name), []
+    real_logps, real_loss = common.completion_logps, script.loss
+
+    def completion_logps(*args, **kwargs):
+        pair = real_logps(*args, **kwargs)
+        held[:] = map(weakref.ref, pair)
+        return pair
+
+    def loss(*args):
+        unused = held[0 if name == "em" else 1]()
+        assert held[1 if name == "em" else 0]() is args[0]
+        assert unused is None or not unused.requires_grad
+        return real_loss(*args)
+
+    monkeypatch.setattr(common, "completion_logps", completion_logps)
+    monkeypatch.setattr(script, "loss", loss)
+    source = model_folder.parent / "trajectories.jsonl" if name == "sft" else data
+    script.main(arguments(script, model_folder, source))
+    assert held
