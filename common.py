@@ -656,6 +656,9 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     The distribution is softmax(logits / temperature) over the whole vocabulary: no top-k, top-p, min-p or penalty,
     whatever the model's generation_config says, because the loss differentiates this distribution and no other. Rows
     run in waves of at most max_rollout_tokens tokens. The same seed gives the same samples.
+
+    Why not transformers' continuous batching: 512 rows of Qwen3-1.7B, H200, 2026-11: generate_batch 2,046 tokens/s,
+    this loop 12,730 (tests/bench_gpu.py; no flash-attention installed).
     """
     prompts = [encode(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
     generator = torch.Generator(model.device).manual_seed(seed)
