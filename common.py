@@ -64,6 +64,16 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
+def mendable(problem, remedy, errors=Exception):
+    """Turn what goes wrong inside into a UserError: 'problem (reason); remedy'. Libraries fail in many ways, by many
+    kinds of exception: for a step that can only fail by what the user gave, the kind does not matter."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{problem} ({str(error)[:200]}); {remedy}")
+
+
+@contextlib.contextmanager
 def one_line_errors():
     """A UserError, a full disk or a full GPU becomes one line on stderr and exit status 2. Other exceptions are bugs
     and keep their traceback."""
@@ -134,10 +144,8 @@ class RunArgs:
             low = 1 if name == "delta" else 0  # the dual clip starts beyond the policy's own ratio
             if type(value) in (int, float) and not (value > low or (value == low and not above)):
                 raise UserError(f"--{name} {value}: must be {'above' if above else 'at least'} {low}")
-        try:
+        with mendable(f"--chat_template_kwargs {self.chat_template_kwargs!r}", "must be a JSON object, like '{}'"):
             json.loads(self.chat_template_kwargs).items()
-        except (ValueError, AttributeError):
-            raise UserError(f"--chat_template_kwargs {self.chat_template_kwargs!r}: must be a JSON object, like '{{}}'")
 
 
 def is_embedded(model):
@@ -197,32 +205,24 @@ def arithmetic(split, n, seed=0):
 def read_rows(source, split="train"):
     """Yield (where, row) of a .jsonl file, local or hf://, or a hub data set. Raises UserError naming file and line."""
     if not source.startswith("hf://") and not source.endswith((".json", ".jsonl")) and not Path(source).exists():
-        try:
+        with mendable(f"{source}: no such file", "if it is a hub data set, `pip install datasets` first", ImportError):
             from datasets import load_dataset
-        except ImportError:
-            raise UserError(f"{source}: no such file; if it is a hub data set, `pip install datasets` first")
-        try:
+        with mendable(f"{source}, split {split}: cannot be loaded", "check the name"):
             rows = load_dataset(source, split=split)
-        except Exception as error:  # of many kinds: no such data set, no such split, no network
-            raise UserError(f"{source}, split {split}: cannot be loaded ({str(error)[:100]}); check the name")
         yield from ((f"{source}:{i}", row) for i, row in enumerate(rows))
         return
     path = source
-    try:
+    with mendable(f"{source}: cannot be read", "check name and network, or pass a local file"):
         if source.startswith("hf://datasets/"):
             from huggingface_hub import hf_hub_download
 
             owner, name, file = source.removeprefix("hf://datasets/").split("/", 2)
             path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
         lines = Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: cannot be read ({str(error)[:120]}); check name and network, or pass a local file")
     for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
+            with mendable(f"{source}:{number}: not a JSON object in UTF-8", "mend the line"):
                 row = dict(json.loads(line.decode("utf-8")).items())
-            except (ValueError, RecursionError, AttributeError) as error:
-                raise UserError(f"{source}:{number}: not a JSON object in UTF-8 ({str(error)[:60]}); mend the line")
             yield f"{source}:{number}", row
 
 
@@ -301,11 +301,9 @@ def encode(tokenizer, prompt, chat_template_kwargs=None):
 def tokenize_problems(tokenizer, problems, max_prompt_length, chat_template_kwargs=None):
     """Set `ids` of every problem; drop and list those over max_prompt_length. Raises UserError if none is left."""
     for p in problems:
-        try:
+        remedy = "mend the messages or --chat_template_kwargs, or try --system_prompt ''"
+        with mendable(f"{p.where}: the chat template refuses it", remedy):
             p.ids = encode(tokenizer, p.prompt, chat_template_kwargs)
-        except Exception as error:  # whatever a template raises
-            remedy = "mend the messages or --chat_template_kwargs, or try --system_prompt ''"
-            raise UserError(f"{p.where}: the chat template refuses it ({str(error)[:100]}); {remedy}")
     kept = [p for p in problems if len(p.ids) <= max_prompt_length]
     long = [f"{p.where} ({len(p.ids)} tokens)" for p in problems if len(p.ids) > max_prompt_length]
     if not kept:
@@ -480,16 +478,12 @@ def load_model(path, device="auto", dtype="auto"):
         raise UserError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
     if folder.is_dir() and not [*folder.glob("token*.*"), *folder.glob("vocab.*")]:
         raise UserError(f"--model {folder}: no tokenizer in this folder; put one there with tokenizer.save_pretrained")
-    try:
+    with mendable(f"--model {folder}: cannot be loaded", "check name and network"):  # also cut off, or of unknown kind
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), use_safetensors=True)
-    except Exception as error:  # of many kinds: a missing file, a cut-off one, an unknown architecture, no network
-        raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); check name and network")
     backbone_of(model)
-    try:
+    with mendable(f"--device {device}: the model cannot go there", "choose another device"):
         model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: the model cannot go there ({str(error)[:100]}); choose another device")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
@@ -803,7 +797,7 @@ class Optimizer:
 
     def load_state_dict(self, state):
         """Restore what `state_dict` gave."""
-        for name, _, master, adam in self.slots if state else ():
+        for name, _, master, adam in self.slots:
             master.data.copy_(state[name]["master"])
             adam.load_state_dict(state[name]["adam"])
 
@@ -946,28 +940,24 @@ class Run:
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = Optimizer(self.model, args)
-        try:
-            state = torch.load(path / "optimizer.pt", "cpu", weights_only=True) if self.start else {}
-            self.optimizer.load_state_dict(state)
-        except Exception as error:  # of many kinds: missing, cut off, of another model, not a state at all
-            raise UserError(f"{path}/optimizer.pt: cannot be read ({str(error)[:80]}); delete {path} to go back")
+        if self.start:
+            with mendable(f"{path}/optimizer.pt: cannot be read", f"delete {path} to go back"):
+                self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", "cpu", weights_only=True))
         return self.model, self.tokenizer, self.optimizer
 
     def steps(self):
         """Yield (step, problems) from the first, or first not yet trained, step to --max_steps."""
         args = self.args
         self.report = reporter(args)
-        try:
+        with mendable(f"--output_dir {self.folder}: cannot be written", "pass another folder", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob("best")) if not self.start else ():
-                shutil.rmtree(path)
             if not self.start:
                 (self.folder / "trainer_state.json").unlink(missing_ok=True)
+                for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob("best")):
+                    shutil.rmtree(path)
             write_json(self.folder / "args.json", vars(args))
             for log in (self.folder / "metrics.jsonl", self.folder / "completions.jsonl"):
                 write_text(log, jsonl(read_log(log, self.start) if self.start else []))
-        except OSError as error:
-            raise UserError(f"--output_dir {self.folder}: cannot be written ({error.strerror}); pass another folder")
         with contextlib.suppress(ValueError):  # outside the main thread signals stay as they are
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
@@ -1088,19 +1078,17 @@ class Run:
         all, since it gets its name only when everything is on the disk. Raises UserError if the disk is full, say."""
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        try:
+        remedy = "free some space, then repeat the command to go on from the checkpoint before"
+        with mendable(f"{folder}: cannot be written", remedy), contextlib.ExitStack() as on_error:
+            on_error.callback(shutil.rmtree, temporary, ignore_errors=True)
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
             write_json(temporary / "trainer_state.json", {"step": step})
             for path in (*filter(Path.is_file, temporary.rglob("*")), temporary):
                 sync(path)
-        except Exception as error:  # of many kinds, by the library that writes
-            shutil.rmtree(temporary, ignore_errors=True)
-            remedy = "free some space, then repeat the command to go on from the checkpoint before"
-            raise UserError(f"{folder}: cannot be written ({str(error)[:100]}); {remedy}")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(temporary, folder)
         sync(self.folder)
 
     def finish(self):
@@ -1134,10 +1122,8 @@ def step_of(folder):
 
 def read_json(path):
     """The object in a JSON file of a run folder. Raises UserError."""
-    try:
+    with mendable(f"{path}: cannot be read", "--overwrite trains again, --output_dir elsewhere"):
         return dict(json.loads(path.read_text()).items())
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); --overwrite trains again, --output_dir elsewhere")
 
 
 def jsonl(records):
@@ -1184,13 +1170,13 @@ def peak_memory_gb(device):
 
 def reporter(args):
     """A function (record, step=...) that logs to --report_to. Raises UserError if that package is not installed."""
-    try:
-        tracker = importlib.import_module(args.report_to) if args.report_to != "none" else None
-    except ImportError:
-        raise UserError(f"--report_to {args.report_to}: not installed; pip install it, or use --report_to none")
-    if tracker:
-        tracker.init(project=Path.cwd().name, name=args.output_dir, config=vars(args))
-    return tracker.log if tracker else lambda record, step: None
+    if args.report_to == "none":
+        return lambda record, step: None
+    remedy = "pip install it, or use --report_to none"
+    with mendable(f"--report_to {args.report_to}: not installed", remedy, ImportError):
+        tracker = importlib.import_module(args.report_to)
+    tracker.init(project=Path.cwd().name, name=args.output_dir, config=vars(args))
+    return tracker.log
 
 
 def draw_curves(folder):
