@@ -15,7 +15,6 @@ this token come out of column t-1, so a forward pass over ids[:, :-1] scores the
 """
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -35,7 +34,7 @@ import time
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -97,7 +96,7 @@ def one_line_errors():
 
 def option(default, help):
     """A dataclass field that `parse` turns into a command line option. A literal % in `help` is fine."""
-    return dataclasses.field(default=default, metadata={"help": help.replace("%", "%%")})
+    return field(default=default, metadata={"help": help.replace("%", "%%")})
 
 
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -237,16 +236,16 @@ def is_prompt(value):
 def problem_from_row(where, row, labels=True):
     """One row -> Problem. Fields: problem | question | prompt, and answer | final_answer | solution (with a box)."""
     found = f"found fields {', '.join(map(str, row)) or 'none'}"[:300]
-    prompts = [row[name] for name in ("problem", "question", "prompt") if is_prompt(row.get(name))]
-    if not prompts:
+    prompt = next((row[name] for name in ("problem", "question", "prompt") if is_prompt(row.get(name))), None)
+    if not prompt:
         raise UserError(f"{where}: no problem; put text or messages into 'problem', 'question' or 'prompt'; {found}")
     boxed = last_boxed(row["solution"]) if isinstance(row.get("solution"), str) else None
     answers = (row.get("answer"), row.get("final_answer"), boxed)
     answers = [str(answer).strip() for answer in answers if type(answer) in (str, int, float)]
-    answer = next(filter(None, answers), None if labels else "")
-    if answer is None:
+    answer = next(filter(None, answers), "")
+    if labels and not answer:
         raise UserError(f"{where}: no gold answer; put it into 'answer', 'final_answer' or a boxed 'solution'; {found}")
-    return Problem(prompts[0], answer, where)
+    return Problem(prompt, answer, where)
 
 
 def load_problems(source, split="train", limit=0, system_prompt="", labels=True):
@@ -300,8 +299,8 @@ def encode(tokenizer, prompt, chat_template_kwargs=None):
 
 def tokenize_problems(tokenizer, problems, max_prompt_length, chat_template_kwargs=None):
     """Set `ids` of every problem; drop and list those over max_prompt_length. Raises UserError if none is left."""
+    remedy = "mend the messages or --chat_template_kwargs, or try --system_prompt ''"
     for p in problems:
-        remedy = "mend the messages or --chat_template_kwargs, or try --system_prompt ''"
         with mendable(f"{p.where}: the chat template refuses it", remedy):
             p.ids = encode(tokenizer, p.prompt, chat_template_kwargs)
     kept = [p for p in problems if len(p.ids) <= max_prompt_length]
@@ -351,11 +350,10 @@ def equal_answers(gold, answer):
         return "wrong" if parsed[0] else "unparsable"
     # math-verify compares numbers to 6 decimals, which holds all tiny ones equal: these must agree relatively, too.
     numbers = [found[0].doit().evalf() for found in parsed if getattr(found[0], "is_number", False)]
-    try:
-        tiny = len(numbers) == 2 and 0 < abs(numbers[0]) < 1e-3
-        return "wrong" if tiny and abs(numbers[0] - numbers[1]) > 1e-6 * abs(numbers[0]) else "right"
-    except TypeError:  # nan and the like have no size
-        return "right"
+    with contextlib.suppress(TypeError):  # nan and the like have no size
+        if len(numbers) == 2 and 0 < abs(numbers[0]) < 1e-3 and abs(numbers[0] - numbers[1]) > 1e-6 * abs(numbers[0]):
+            return "wrong"
+    return "right"
 
 
 def grading_worker(seconds):
@@ -415,17 +413,13 @@ class Verifier:
     def __call__(self, pairs):
         """Verdicts on (gold, answer) pairs, a list; equal pairs are compared once, equal texts and integers here."""
         self.verdicts = self.verdicts if len(self.verdicts) < 2**17 else {}
-        unknown = []
-        for gold, answer in dict.fromkeys(pairs):
-            if gold == answer.strip():
-                self.verdicts[gold, answer] = "right"
-            elif re.fullmatch(r"-?[0-9]{1,15} -?[0-9]{1,15}", f"{gold} {answer}"):
-                self.verdicts[gold, answer] = "right" if int(gold) == int(answer) else "wrong"
-            elif (gold, answer) not in self.verdicts:
-                unknown.append((gold, answer))
-        if unknown:
-            with ThreadPoolExecutor(self.workers) as threads:  # they only wait, each for a worker of its own
-                self.verdicts |= zip(unknown, threads.map(self.ask, unknown))
+        for gold, answer in pairs:
+            same, integers = gold == answer.strip(), re.fullmatch(r"-?[0-9]{1,15} -?[0-9]{1,15}", f"{gold} {answer}")
+            if same or integers:
+                self.verdicts[gold, answer] = "right" if same or int(gold) == int(answer) else "wrong"
+        unknown = [pair for pair in dict.fromkeys(pairs) if pair not in self.verdicts]
+        with ThreadPoolExecutor(self.workers) as threads:  # they only wait, each for a worker of its own
+            self.verdicts |= zip(unknown, threads.map(self.ask, unknown))
         return [self.verdicts[pair] for pair in pairs]
 
 
@@ -519,9 +513,14 @@ def backbone_of(model):
     return backbone
 
 
-def position_ids(attention_mask):
-    """[B, T] positions counted over real tokens only, so that padding on either side shifts nothing."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+def run_blocks(model, ids, attention_mask, cache=None):
+    """What the backbone makes of `ids` -> [B, T, D]. With a cache, `ids` are the last columns of attention_mask alone.
+
+    Positions are counted over real tokens only, so that padding on either side shifts nothing.
+    """
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    inputs = dict(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
+    return backbone_of(model)(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
 def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
@@ -541,8 +540,7 @@ def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
         # checkpointing, or gets a gradient. Its grad stays None, so that the optimizer leaves it as it is.
         backbone.layers, backbone.norm = layers[: layer + 1], final_norm if norm else torch.nn.Identity()
     try:
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
-        return backbone(**inputs, use_cache=False).last_hidden_state
+        return run_blocks(model, input_ids, attention_mask)
     finally:
         backbone.layers, backbone.norm = layers, final_norm
 
@@ -565,10 +563,8 @@ class HeadProduct(torch.autograd.Function):
 def head_logits(model, hidden):
     """hidden [N, D] -> fp32 logits [N, V] under the unembedding matrix, before any temperature."""
     head = model.get_output_embeddings()
-    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-        logits = HeadProduct.apply(hidden, head.weight)
-    else:
-        logits = F.linear(hidden, head.weight).float()
+    bf16 = hidden.is_cuda and hidden.dtype == torch.bfloat16
+    logits = HeadProduct.apply(hidden, head.weight) if bf16 else F.linear(hidden, head.weight).float()
     return logits if head.bias is None else logits + head.bias.float()
 
 
@@ -606,8 +602,12 @@ def completion_logps(model, rollouts, rows, temperature, layer=None, norm=False)
     predicts = mask[:, 1:longest]  # column t of the hidden states predicts token t + 1
     hidden = hidden_states(model, ids[:, :-1], attention_mask[:, :-1], layer, norm)[predicts]  # [N, D]
     logps, entropy = token_logps(model, hidden[None], ids[:, 1:][predicts][None], temperature)
-    zeros = torch.zeros(mask.shape, device=hidden.device)
-    return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
+    return spread(mask, logps), spread(mask, entropy)
+
+
+def spread(mask, values):
+    """N values, all those of row 0 first, to the N places [B, T] where the mask is 1; 0.0 elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask.bool(), values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -665,9 +665,7 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     completions, logps, entropy = zip(*waves)
     completions = [completion for wave in completions for completion in wave]
     rollouts = assemble([prompts[p] for p in rows], completions, tokenizer.pad_token_id, model.device)
-    zeros, tokens = torch.zeros_like(rollouts.mask), rollouts.mask.bool()  # row-major: all tokens of row 0, row 1, ...
-    rollouts.logps = zeros.masked_scatter(tokens, torch.cat(logps))
-    rollouts.entropy = zeros.masked_scatter(tokens, torch.cat(entropy))
+    rollouts.logps, rollouts.entropy = (spread(rollouts.mask, torch.cat(values)) for values in (logps, entropy))
     rollouts.finished = torch.tensor([completion[-1] in stop for completion in completions], device=model.device)
     rollouts.texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
     return rollouts
@@ -680,40 +678,31 @@ def sample_wave(model, prompts, rows, max_completion_length, temperature, stop, 
     -> (completions: lists of token ids, logps [N], entropy [N]), N tokens of all rows one after the other.
     """
     cache, device = DynamicCache(config=model.config), model.device
-
-    def forward(ids, attention_mask):  # -> [B, D], the state that predicts the next token
-        positions = position_ids(attention_mask)[:, -ids.shape[1] :]
-        inputs = dict(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
-        return backbone_of(model)(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-
     unique, owner = torch.tensor(rows, device=device).unique(return_inverse=True)
     unique = [prompts[p] for p in unique.tolist()]
     # Left padding puts every prompt's last token into the last column, which predicts the first completion token.
     padding = [max(map(len, unique)) - len(prompt) for prompt in unique]
     ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, unique)], device=device)
     attention_mask = torch.tensor([[0] * pad + [1] * len(p) for pad, p in zip(padding, unique)], device=device)
-    hidden = forward(ids, attention_mask)[owner]
+    hidden = run_blocks(model, ids, attention_mask, cache)[owner, -1]  # [B, D], the state that predicts the next token
     attention_mask = attention_mask[owner]
     cache.batch_select_indices(owner)
 
     alive = torch.arange(len(rows), device=device)  # rows still decoding
     stop, history = torch.tensor(stop, dtype=torch.long, device=device), []
     for step in range(max_completion_length):
-        distribution = F.log_softmax(head_logits(model, hidden) / (temperature or 1.0), dim=-1)  # [alive, V]
-        if temperature == 0:
-            token = distribution.argmax(-1)
-        else:
-            token = torch.multinomial(distribution.exp(), 1, generator=generator).squeeze(1)
-        logps = distribution.gather(1, token[:, None]).squeeze(1)
-        history.append((alive, token, logps, -(distribution.exp() * distribution).sum(-1)))
-        keep = (~torch.isin(token, stop)).nonzero().squeeze(1)
+        logps = F.log_softmax(head_logits(model, hidden) / (temperature or 1.0), dim=-1)  # [alive, V]
+        probs = logps.exp()
+        token = torch.multinomial(probs, 1, generator=generator) if temperature else logps.argmax(-1, keepdim=True)
+        history.append((alive, token.squeeze(1), logps.gather(1, token).squeeze(1), -(probs * logps).sum(-1)))
+        keep = (~torch.isin(token.squeeze(1), stop)).nonzero().squeeze(1)
         if len(keep) < len(alive):
             alive, token, attention_mask = alive[keep], token[keep], attention_mask[keep]
             cache.batch_select_indices(keep)
         if len(alive) == 0 or step == max_completion_length - 1:
             break
         attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        hidden = forward(token[:, None], attention_mask)
+        hidden = run_blocks(model, token, attention_mask, cache)[:, -1]
 
     owner, tokens, logps, entropy = (torch.cat(column) for column in zip(*history))  # step-major
     order = owner.argsort(stable=True)  # row-major; stable keeps the steps of a row in order
@@ -752,7 +741,6 @@ class Optimizer:
         options = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         for name, parameter in model.named_parameters():  # a tied matrix appears once
             master = parameter.detach().to(args.optimizer_device or parameter.device, torch.float32)
-            master = parameter if master.data_ptr() == parameter.data_ptr() else master
             self.slots.append((name, parameter, master, torch.optim.AdamW([master], **options)))
 
     def step(self, learning_rate=None):
@@ -833,12 +821,9 @@ def evaluate(model, tokenizer, problems, n, temperature=1.0, max_completion_leng
 
 def summary(rollouts, rewards):
     """What training steps and evaluations both log of a batch of answers. rewards [P, G] -> dict of floats."""
-    return dict(
-        accuracy=float((rewards == 1).float().mean()),
-        response_length=float(rollouts.lengths.float().mean()),
-        entropy=masked_mean(rollouts.entropy, rollouts.mask),
-        truncated_share=float((~rollouts.finished).float().mean()),
-    )
+    means = dict(accuracy=rewards == 1, response_length=rollouts.lengths, truncated_share=~rollouts.finished)
+    means = {name: float(values.float().mean()) for name, values in means.items()}
+    return dict(**means, entropy=masked_mean(rollouts.entropy, rollouts.mask))
 
 
 def per_token(sums):
@@ -930,7 +915,7 @@ class Run:
         limits = args.max_prompt_length, json.loads(args.chat_template_kwargs)
         problems = problems or load_problems(args.data, "train", 0, args.system_prompt)
         self.problems = tokenize_problems(self.tokenizer, problems, *limits)
-        self.eval_problems, eval_data = [], args.eval_data or ("arithmetic" if args.data == "arithmetic" else "")
+        self.eval_problems, eval_data = [], args.eval_data or (args.data if args.data == "arithmetic" else "")
         if eval_data and args.eval_steps:
             problems = load_problems(eval_data, "test", args.eval_problems, args.system_prompt)
             self.eval_problems = tokenize_problems(self.tokenizer, problems, *limits)
@@ -947,24 +932,23 @@ class Run:
 
     def steps(self):
         """Yield (step, problems) from the first, or first not yet trained, step to --max_steps."""
-        args = self.args
-        self.report = reporter(args)
+        self.report = reporter(self.args)
         with mendable(f"--output_dir {self.folder}: cannot be written", "pass another folder", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self.start:
                 (self.folder / "trainer_state.json").unlink(missing_ok=True)
                 for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob("best")):
                     shutil.rmtree(path)
-            write_json(self.folder / "args.json", vars(args))
+            write_json(self.folder / "args.json", vars(self.args))
             for log in (self.folder / "metrics.jsonl", self.folder / "completions.jsonl"):
                 write_text(log, jsonl(read_log(log, self.start) if self.start else []))
         with contextlib.suppress(ValueError):  # outside the main thread signals stay as they are
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
         print(f"{self.folder}: resuming after step {self.start}") if self.start else self.evaluate(0)
-        self.bar = tqdm(total=args.max_steps, initial=self.start, unit="step", mininterval=1.0)
-        for step in range(self.start + 1, args.max_steps + 1):
-            torch.manual_seed(step_seed(args.seed, step))  # nothing here draws from it; a model with dropout does
+        self.bar = tqdm(total=self.args.max_steps, initial=self.start, unit="step", mininterval=1.0)
+        for step in range(self.start + 1, self.args.max_steps + 1):
+            torch.manual_seed(step_seed(self.args.seed, step))  # nothing here draws from it; a model with dropout does
             self.stages, self.mark = {}, time.perf_counter()
             yield step, self.batch(step)
         self.bar.close()
@@ -999,9 +983,8 @@ class Run:
 
     def record(self, step, metrics, shown=("loss",)):
         """Log a training step; show some of its metrics on the bar."""
-        memory = peak_memory_gb(self.model.device)
-        clock = dict(seconds=sum(self.stages.values()), seconds_by_stage=self.stages, peak_memory_gb=memory)
-        self.write(dict(step=step, **metrics, **clock))
+        seconds, memory = sum(self.stages.values()), peak_memory_gb(self.model.device)
+        self.write(dict(step=step, **metrics, seconds=seconds, seconds_by_stage=self.stages, peak_memory_gb=memory))
         for name, (happens, remedy) in FAULTS.items():
             if name not in self.faults and happens(metrics):
                 self.faults[name] = f"warning: {name} (first in step {step}): {remedy}"
@@ -1024,27 +1007,23 @@ class Run:
         append_jsonl(self.folder / "completions.jsonl", answers)
         names = dict(grader_timeouts="timeout", grader_errors="error", unparsable_golds="unparsable")
         undecided = {name: rollouts.verdicts.count(verdict) for name, verdict in names.items()}
-        metrics = dict(
-            reward=rewards.mean().item(),
-            **summary(rollouts, rewards),
-            length_right=lengths[right].mean().item() if right.any() else None,
-            length_wrong=lengths[~right].mean().item() if not right.all() else None,
-            zero_variance_share=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-            **undecided,
-            **metrics,
-        )
+        figures = dict(reward=rewards.mean().item(), **summary(rollouts, rewards), **undecided)
+        for name, rows in (("length_right", right), ("length_wrong", ~right)):
+            figures[name] = lengths[rows].mean().item() if rows.any() else None
+        figures["zero_variance_share"] = (rewards.amax(1) == rewards.amin(1)).float().mean().item()
         self.lap("bookkeeping")
-        metrics["tokens_per_second"] = lengths.sum().item() / sum(self.stages.values())
-        self.record(step, metrics, ("reward", "accuracy", "response_length", "entropy"))
+        figures["tokens_per_second"] = lengths.sum().item() / sum(self.stages.values())
+        self.record(step, figures | metrics, ("reward", "accuracy", "response_length", "entropy"))
         if sum(undecided.values()) > self.args.max_grader_errors * len(answers):
             remedy = "mend the golds of --data, raise --grade_timeout or --max_grader_errors"
             raise UserError(f"step {step}: no verdict on too many of {len(answers)} answers, {undecided}; {remedy}")
 
     def evaluate(self, step):
-        """Sampled and greedy accuracy on held-out problems and the KL to the starting model, into metrics.jsonl."""
-        if not self.eval_problems:
-            return
+        """Where due: sampled and greedy accuracy on held-out problems and the KL to the starting model, into
+        metrics.jsonl."""
         args, inputs = self.args, (self.model, self.tokenizer, self.eval_problems)
+        if not self.eval_problems or (step % args.eval_steps and step < args.max_steps):
+            return
         limits = dict(max_completion_length=args.max_completion_length, max_rollout_tokens=args.max_rollout_tokens)
         seed = step_seed(args.seed, "evaluation")  # the same at every step: less noise between evaluations
         sampled = evaluate(*inputs, args.eval_samples, args.eval_temperature, seed=seed, **limits)
@@ -1059,13 +1038,12 @@ class Run:
 
     def save(self, step):
         """End a step: evaluate and checkpoint where due. After a signal: checkpoint, say how to resume, exit."""
-        args, last = self.args, step == self.args.max_steps
-        if args.eval_steps and (last or step % args.eval_steps == 0):
-            self.evaluate(step)
-        if self.stop_signal or (args.save_steps and step % args.save_steps == 0 and not last):
+        args = self.args
+        self.evaluate(step)
+        if self.stop_signal or (args.save_steps and step % args.save_steps == 0 and step < args.max_steps):
             self.write_model(self.folder / f"checkpoint-{step}", step)
             whole = sorted((p for p in self.folder.glob("checkpoint-*") if step_of(p)), key=step_of)
-            for path in whole[: -args.save_total_limit] if args.save_total_limit else ():
+            for path in whole[: -args.save_total_limit]:  # 0 keeps them all: whole[:-0] is empty
                 shutil.rmtree(path)
         if self.stop_signal:
             self.bar.close()
@@ -1079,8 +1057,8 @@ class Run:
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         remedy = "free some space, then repeat the command to go on from the checkpoint before"
-        with mendable(f"{folder}: cannot be written", remedy), contextlib.ExitStack() as on_error:
-            on_error.callback(shutil.rmtree, temporary, ignore_errors=True)
+        with mendable(f"{folder}: cannot be written", remedy), contextlib.ExitStack() as cleanup:
+            cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)  # finds nothing where all went well
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
