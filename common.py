@@ -227,10 +227,9 @@ def read_rows(source, split="train"):
 
 def is_prompt(value):
     """True for text and for chat messages: [{'role': text, 'content': text}, ...], neither of them empty."""
-    if isinstance(value, list) and value:
-        return all(isinstance(m, dict) and is_prompt((m.get("role"), m.get("content"))) for m in value)
-    texts = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(text, str) and text.strip() for text in texts)
+    chat = isinstance(value, list) and all(isinstance(message, dict) for message in value)
+    texts = [message.get(part) for message in value for part in ("role", "content")] if chat else [value]
+    return len(texts) > 0 and all(isinstance(text, str) and text.strip() for text in texts)
 
 
 def problem_from_row(where, row, labels=True):
@@ -485,9 +484,8 @@ def load_model(path, device="auto", dtype="auto"):
         # training. Nothing here samples by it; only its end tokens are read.
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     for module in model.modules():  # dropout would make sampler, old and new policy three different ones
-        for name in ("p", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for name in vars(module).keys() & {"p", "attention_dropout"}:
+            setattr(module, name, 0.0)
     return model.eval(), tokenizer
 
 
@@ -972,9 +970,8 @@ class Run:
         """Charge the time since this step's last lap to `stage`."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-        now = time.perf_counter()
-        self.stages[stage] = self.stages.get(stage, 0.0) + now - self.mark
-        self.mark = now
+        before, self.mark = self.mark, time.perf_counter()
+        self.stages[stage] = self.stages.get(stage, 0.0) + self.mark - before
 
     def write(self, record):
         """Append a record to metrics.jsonl and send it to --report_to."""
@@ -1074,8 +1071,7 @@ class Run:
         self.write_model(self.folder / "final", self.args.max_steps)
         (self.folder / "trainer_state.json").unlink(missing_ok=True)
         for path in sorted((self.folder / "final").iterdir()):  # trainer_state.json marks a finished run: it moves last
-            if path.is_dir():  # additional chat templates, of some tokenizers
-                shutil.rmtree(self.folder / path.name, ignore_errors=True)
+            shutil.rmtree(self.folder / path.name, ignore_errors=True)  # of a folder: some tokenizers' chat templates
             os.replace(path, self.folder / path.name)
         (self.folder / "final").rmdir()
         sync(self.folder)
@@ -1150,8 +1146,7 @@ def reporter(args):
     """A function (record, step=...) that logs to --report_to. Raises UserError if that package is not installed."""
     if args.report_to == "none":
         return lambda record, step: None
-    remedy = "pip install it, or use --report_to none"
-    with mendable(f"--report_to {args.report_to}: not installed", remedy, ImportError):
+    with mendable(f"--report_to {args.report_to}: not installed", "pip install it, or take none", ImportError):
         tracker = importlib.import_module(args.report_to)
     tracker.init(project=Path.cwd().name, name=args.output_dir, config=vars(args))
     return tracker.log
