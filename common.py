@@ -259,8 +259,8 @@ def load_problems(source, split="train", limit=0, system_prompt="", labels=True)
         problems = arithmetic(split, limit or 4096)
     else:
         problems = [problem_from_row(where, row, labels) for where, row in read_rows(source, split)][: limit or None]
-        golds = [(p.answer, "" if p.answer else " ") for p in problems]
-        unparsable = [p.where for p, verdict in zip(problems, verifier(golds)) if verdict != "wrong"]
+        verdicts = verifier([(p.answer, "") for p in problems])  # what can be read differs from ''
+        unparsable = [p.where for p, verdict in zip(problems, verdicts) if p.answer and verdict != "wrong"]
         if unparsable:
             print(f"{len(unparsable)} gold answers compare as text only: {', '.join(unparsable[:9])}", file=sys.stderr)
     if not problems:
