@@ -651,32 +651,33 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     """
     prompts = [encode(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
     generator = torch.Generator(model.device).manual_seed(seed)
-    rows = [p for p in range(len(prompts)) for _ in range(n)]  # the prompt of every row
-    wave = max(1, max_rollout_tokens // (max(map(len, prompts)) + max_completion_length))
     stop = end_token_ids(model, tokenizer)
-    starts, training, settings = range(0, len(rows), wave), model.training, (temperature, stop, generator)
+    size = max(1, max_rollout_tokens // (max(map(len, prompts)) + max_completion_length))  # rows at once
+    waves, training = torch.arange(len(prompts) * n, device=model.device).split(size), model.training
+    settings = n, max_completion_length, temperature, stop, generator
     model.eval()  # with gradient checkpointing, a model in training mode silently drops its cache and samples garbage
     try:
-        waves = [sample_wave(model, prompts, rows[i : i + wave], max_completion_length, *settings) for i in starts]
+        steps = [step for rows in waves for step in sample_wave(model, prompts, rows, *settings)]
     finally:
         model.train(training)
-    completions, logps, entropy = zip(*waves)
-    completions = [completion for wave in completions for completion in wave]
-    rollouts = assemble([prompts[p] for p in rows], completions, tokenizer.pad_token_id, model.device)
-    rollouts.logps, rollouts.entropy = (spread(rollouts.mask, torch.cat(values)) for values in (logps, entropy))
+    rows, tokens, logps, entropy = (torch.cat(column) for column in zip(*steps))  # step after step
+    order = rows.argsort(stable=True)  # row after row; stable keeps the steps of a row in order
+    completions = [completion.tolist() for completion in tokens[order].cpu().split(rows.bincount().tolist())]
+    rollouts = assemble([p for p in prompts for _ in range(n)], completions, tokenizer.pad_token_id, model.device)
+    rollouts.logps, rollouts.entropy = spread(rollouts.mask, logps[order]), spread(rollouts.mask, entropy[order])
     rollouts.finished = torch.tensor([completion[-1] in stop for completion in completions], device=model.device)
     rollouts.texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
     return rollouts
 
 
-def sample_wave(model, prompts, rows, max_completion_length, temperature, stop, generator):
-    """Decode one completion for every entry of `rows` (indices into prompts, ascending).
+def sample_wave(model, prompts, alive, n, max_completion_length, temperature, stop, generator):
+    """Decode one completion for every row in `alive`, ascending indices into the batch; row r has prompt r // n.
 
     Each prompt is prefilled once and its cache shared by its samples; a finished row leaves the batch.
-    -> (completions: lists of token ids, logps [N], entropy [N]), N tokens of all rows one after the other.
+    Yields, step by step, the rows still decoding and for each of them token, log-prob and entropy.
     """
     cache, device = DynamicCache(config=model.config), model.device
-    unique, owner = torch.tensor(rows, device=device).unique(return_inverse=True)
+    unique, owner = (alive // n).unique(return_inverse=True)
     unique = [prompts[p] for p in unique.tolist()]
     # Left padding puts every prompt's last token into the last column, which predicts the first completion token.
     padding = [max(map(len, unique)) - len(prompt) for prompt in unique]
@@ -686,13 +687,11 @@ def sample_wave(model, prompts, rows, max_completion_length, temperature, stop, 
     attention_mask = attention_mask[owner]
     cache.batch_select_indices(owner)
 
-    alive = torch.arange(len(rows), device=device)  # rows still decoding
-    stop, history = torch.tensor(stop, dtype=torch.long, device=device), []
+    stop = torch.tensor(stop, dtype=torch.long, device=device)
     for step in range(max_completion_length):
         logps = F.log_softmax(head_logits(model, hidden) / (temperature or 1.0), dim=-1)  # [alive, V]
-        probs = logps.exp()
-        token = torch.multinomial(probs, 1, generator=generator) if temperature else logps.argmax(-1, keepdim=True)
-        history.append((alive, token.squeeze(1), logps.gather(1, token).squeeze(1), -(probs * logps).sum(-1)))
+        token = torch.multinomial(logps.exp(), 1, generator=generator) if temperature else logps.argmax(-1)[:, None]
+        yield alive, token.squeeze(1), logps.gather(1, token).squeeze(1), -(logps.exp() * logps).sum(-1)
         keep = (~torch.isin(token.squeeze(1), stop)).nonzero().squeeze(1)
         if len(keep) < len(alive):
             alive, token, attention_mask = alive[keep], token[keep], attention_mask[keep]
@@ -701,11 +700,6 @@ def sample_wave(model, prompts, rows, max_completion_length, temperature, stop, 
             break
         attention_mask = F.pad(attention_mask, (0, 1), value=1)
         hidden = run_blocks(model, token, attention_mask, cache)[:, -1]
-
-    owner, tokens, logps, entropy = (torch.cat(column) for column in zip(*history))  # step-major
-    order = owner.argsort(stable=True)  # row-major; stable keeps the steps of a row in order
-    completions = tokens[order].cpu().split(owner.bincount().tolist())
-    return [completion.tolist() for completion in completions], logps[order], entropy[order]
 
 
 def micro_batches(rollouts, rows, budget):
