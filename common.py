@@ -31,7 +31,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -81,8 +80,8 @@ def one_line_errors():
         return
     except UserError as error:
         message = str(error)
-    except torch.OutOfMemoryError as error:
-        sampling = "sample_wave" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    except torch.OutOfMemoryError:
+        sampling = "sample_wave" in [frame.function for frame in inspect.trace()]
         option = "--max_rollout_tokens" if sampling else "--micro_batch_tokens, or try --optimizer_device cpu"
         message = f"out of GPU memory while {'sampling' if sampling else 'training'}: lower {option}; then resume"
     except OSError as error:
@@ -439,9 +438,8 @@ def judge(texts, problems, finished=None):
     'error'). Three lists of equal length; an unfinished answer (cut at the length limit) is wrong."""
     finished = [True] * len(texts) if finished is None else finished
     answers = [(p.answer, gradable(text, done)) for text, p, done in zip(texts, problems, finished, strict=True)]
-    asked = [pair for pair in answers if all(pair)]
-    verdicts = dict(zip(asked, verifier(asked)))
-    return [verdicts.get(pair, "wrong") for pair in answers]
+    verdicts = iter(verifier([pair for pair in answers if all(pair)]))
+    return [next(verdicts) if all(pair) else "wrong" for pair in answers]
 
 
 def grade(texts, problems, finished=None):
@@ -955,10 +953,10 @@ class Run:
     def batch(self, step):
         """The problems of a step: consecutive blocks of a permutation that depends on seed and epoch only, so that
         resuming needs no stored position. The few problems left over at the end of an epoch are dropped."""
-        P, order = self.args.num_prompts, list(range(len(self.problems)))
+        P, order = self.args.num_prompts, [*self.problems]
         epoch, block = divmod(step - 1, len(order) // P)
         random.Random(f"{self.args.seed}-{epoch}").shuffle(order)
-        return [self.problems[i] for i in order[block * P : (block + 1) * P]]
+        return order[block * P : (block + 1) * P]
 
     def lap(self, stage):
         """Charge the time since this step's last lap to `stage`."""
@@ -1038,7 +1036,7 @@ class Run:
                 shutil.rmtree(path)
         if self.stop_signal:
             self.bar.close()
-            print(*self.faults.values(), sep="\n", file=sys.stderr)
+            sys.stderr.writelines(f"{fault}\n" for fault in self.faults.values())
             print(f"stopped after step {step}; the same command resumes from {self.folder}", file=sys.stderr)
             sys.exit(128 + self.stop_signal)
 
@@ -1073,7 +1071,7 @@ class Run:
         with contextlib.suppress(ValueError):  # only now: a signal must not cut the writing
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print(*self.faults.values(), sep="\n", file=sys.stderr) if self.faults else None
+        sys.stderr.writelines(f"{fault}\n" for fault in self.faults.values())
         print(f"{self.folder}: model, metrics.jsonl, completions.jsonl, curves.png")
 
 
