@@ -239,8 +239,7 @@ def problem_from_row(where, row, labels=True):
         raise UserError(f"{where}: no problem; put text or messages into 'problem', 'question' or 'prompt'; {found}")
     boxed = last_boxed(row["solution"]) if isinstance(row.get("solution"), str) else None
     answers = (row.get("answer"), row.get("final_answer"), boxed)
-    answers = [str(answer).strip() for answer in answers if type(answer) in (str, int, float)]
-    answer = next(filter(None, answers), "")
+    answer = next((str(a).strip() for a in answers if type(a) in (str, int, float) and str(a).strip()), "")
     if labels and not answer:
         raise UserError(f"{where}: no gold answer; put it into 'answer', 'final_answer' or a boxed 'solution'; {found}")
     return Problem(prompt, answer, where)
@@ -372,10 +371,9 @@ def grading_worker(seconds):
         resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 4 GiB, then MemoryError
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
+        verdict = "error"
+        with contextlib.suppress(Exception):  # of many kinds: MemoryError, RecursionError, whatever sympy raises
             verdict = equal_answers(*json.loads(line))
-        except Exception:  # of many kinds: MemoryError, RecursionError, whatever sympy raises
-            verdict = "error"
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), flush=True)
 
@@ -399,14 +397,13 @@ class Verifier:
         """Verdict of one worker on one pair: 'right', 'wrong', 'unparsable', 'timeout' or 'error'."""
         worker = self.idle.pop() if self.idle else self.start()
         worker = worker if worker.poll() is None else self.start()  # killed while idle, say for its memory
-        try:
+        with contextlib.suppress(OSError, ValueError):
             print(json.dumps(pair), file=worker.stdin, flush=True)
             verdict = json.loads(worker.stdout.readline())
             self.idle.append(worker)
             return verdict
-        except (OSError, ValueError):  # the worker is gone: the next answer gets a new one
-            worker.kill()
-            return "error"
+        worker.kill()  # it is gone: the next answer gets a new one
+        return "error"
 
     def __call__(self, pairs):
         """Verdicts on (gold, answer) pairs, a list; equal pairs are compared once, equal texts and integers here."""
