@@ -1057,7 +1057,7 @@ class Run:
 
     def finish(self):
         """Model, tokenizer and optimizer into the run folder itself, then the curves."""
-        self.write_model(self.folder / "final", self.args.max_steps)
+        self.write_model(self.folder / "final", max(self.start, self.args.max_steps))
         (self.folder / "trainer_state.json").unlink(missing_ok=True)
         for path in sorted((self.folder / "final").iterdir()):  # trainer_state.json marks a finished run: it moves last
             shutil.rmtree(self.folder / path.name, ignore_errors=True)  # of a folder: some tokenizers' chat templates
