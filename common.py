@@ -15,7 +15,6 @@ this token come out of column t-1, so a forward pass over ids[:, :-1] scores the
 """
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -32,10 +31,9 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +62,16 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
+def mendable(problem, remedy, errors=Exception):
+    """Turn what goes wrong inside into a UserError: 'problem (reason); remedy'. Libraries fail in many ways, by many
+    kinds of exception: for a step that can only fail by what the user gave, the kind does not matter."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{problem} ({str(error)[:200]}); {remedy}")
+
+
+@contextlib.contextmanager
 def one_line_errors():
     """A UserError, a full disk or a full GPU becomes one line on stderr and exit status 2. Other exceptions are bugs
     and keep their traceback."""
@@ -72,8 +80,8 @@ def one_line_errors():
         return
     except UserError as error:
         message = str(error)
-    except torch.OutOfMemoryError as error:
-        sampling = "sample_wave" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    except torch.OutOfMemoryError:
+        sampling = "sample_wave" in [frame.function for frame in inspect.trace()]
         option = "--max_rollout_tokens" if sampling else "--micro_batch_tokens, or try --optimizer_device cpu"
         message = f"out of GPU memory while {'sampling' if sampling else 'training'}: lower {option}; then resume"
     except OSError as error:
@@ -87,7 +95,7 @@ def one_line_errors():
 
 def option(default, help):
     """A dataclass field that `parse` turns into a command line option. A literal % in `help` is fine."""
-    return dataclasses.field(default=default, metadata={"help": help.replace("%", "%%")})
+    return field(default=default, metadata={"help": help.replace("%", "%%")})
 
 
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -134,10 +142,8 @@ class RunArgs:
             low = 1 if name == "delta" else 0  # the dual clip starts beyond the policy's own ratio
             if type(value) in (int, float) and not (value > low or (value == low and not above)):
                 raise UserError(f"--{name} {value}: must be {'above' if above else 'at least'} {low}")
-        try:
+        with mendable(f"--chat_template_kwargs {self.chat_template_kwargs!r}", "must be a JSON object, like '{}'"):
             json.loads(self.chat_template_kwargs).items()
-        except (ValueError, AttributeError):
-            raise UserError(f"--chat_template_kwargs {self.chat_template_kwargs!r}: must be a JSON object, like '{{}}'")
 
 
 def is_embedded(model):
@@ -197,56 +203,46 @@ def arithmetic(split, n, seed=0):
 def read_rows(source, split="train"):
     """Yield (where, row) of a .jsonl file, local or hf://, or a hub data set. Raises UserError naming file and line."""
     if not source.startswith("hf://") and not source.endswith((".json", ".jsonl")) and not Path(source).exists():
-        try:
+        with mendable(f"{source}: no such file", "if it is a hub data set, `pip install datasets` first", ImportError):
             from datasets import load_dataset
-        except ImportError:
-            raise UserError(f"{source}: no such file; if it is a hub data set, `pip install datasets` first")
-        try:
+        with mendable(f"{source}, split {split}: cannot be loaded", "check the name"):
             rows = load_dataset(source, split=split)
-        except Exception as error:  # of many kinds: no such data set, no such split, no network
-            raise UserError(f"{source}, split {split}: cannot be loaded ({str(error)[:100]}); check the name")
         yield from ((f"{source}:{i}", row) for i, row in enumerate(rows))
         return
     path = source
-    try:
+    with mendable(f"{source}: cannot be read", "check name and network, or pass a local file"):
         if source.startswith("hf://datasets/"):
             from huggingface_hub import hf_hub_download
 
             owner, name, file = source.removeprefix("hf://datasets/").split("/", 2)
             path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
         lines = Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: cannot be read ({str(error)[:120]}); check name and network, or pass a local file")
     for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
+            with mendable(f"{source}:{number}: not a JSON object in UTF-8", "mend the line"):
                 row = dict(json.loads(line.decode("utf-8")).items())
-            except (ValueError, RecursionError, AttributeError) as error:
-                raise UserError(f"{source}:{number}: not a JSON object in UTF-8 ({str(error)[:60]}); mend the line")
             yield f"{source}:{number}", row
 
 
 def is_prompt(value):
     """True for text and for chat messages: [{'role': text, 'content': text}, ...], neither of them empty."""
-    if isinstance(value, list) and value:
-        return all(isinstance(m, dict) and is_prompt((m.get("role"), m.get("content"))) for m in value)
-    texts = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(text, str) and text.strip() for text in texts)
+    chat = isinstance(value, list) and all(isinstance(message, dict) for message in value)
+    texts = [message.get(part) for message in value for part in ("role", "content")] if chat else [value]
+    return len(texts) > 0 and all(isinstance(text, str) and text.strip() for text in texts)
 
 
 def problem_from_row(where, row, labels=True):
     """One row -> Problem. Fields: problem | question | prompt, and answer | final_answer | solution (with a box)."""
     found = f"found fields {', '.join(map(str, row)) or 'none'}"[:300]
-    prompts = [row[name] for name in ("problem", "question", "prompt") if is_prompt(row.get(name))]
-    if not prompts:
+    prompt = next((row[name] for name in ("problem", "question", "prompt") if is_prompt(row.get(name))), None)
+    if not prompt:
         raise UserError(f"{where}: no problem; put text or messages into 'problem', 'question' or 'prompt'; {found}")
     boxed = last_boxed(row["solution"]) if isinstance(row.get("solution"), str) else None
     answers = (row.get("answer"), row.get("final_answer"), boxed)
-    answers = [str(answer).strip() for answer in answers if type(answer) in (str, int, float)]
-    answer = next(filter(None, answers), None if labels else "")
-    if answer is None:
+    answer = next((str(a).strip() for a in answers if type(a) in (str, int, float) and str(a).strip()), "")
+    if labels and not answer:
         raise UserError(f"{where}: no gold answer; put it into 'answer', 'final_answer' or a boxed 'solution'; {found}")
-    return Problem(prompts[0], answer, where)
+    return Problem(prompt, answer, where)
 
 
 def load_problems(source, split="train", limit=0, system_prompt="", labels=True):
@@ -261,8 +257,8 @@ def load_problems(source, split="train", limit=0, system_prompt="", labels=True)
         problems = arithmetic(split, limit or 4096)
     else:
         problems = [problem_from_row(where, row, labels) for where, row in read_rows(source, split)][: limit or None]
-        golds = [(p.answer, "" if p.answer else " ") for p in problems]
-        unparsable = [p.where for p, verdict in zip(problems, verifier(golds)) if verdict != "wrong"]
+        verdicts = verifier([(p.answer, "") for p in problems])  # what can be read differs from ''
+        unparsable = [p.where for p, verdict in zip(problems, verdicts) if p.answer and verdict != "wrong"]
         if unparsable:
             print(f"{len(unparsable)} gold answers compare as text only: {', '.join(unparsable[:9])}", file=sys.stderr)
     if not problems:
@@ -300,12 +296,10 @@ def encode(tokenizer, prompt, chat_template_kwargs=None):
 
 def tokenize_problems(tokenizer, problems, max_prompt_length, chat_template_kwargs=None):
     """Set `ids` of every problem; drop and list those over max_prompt_length. Raises UserError if none is left."""
+    remedy = "mend the messages or --chat_template_kwargs, or try --system_prompt ''"
     for p in problems:
-        try:
+        with mendable(f"{p.where}: the chat template refuses it", remedy):
             p.ids = encode(tokenizer, p.prompt, chat_template_kwargs)
-        except Exception as error:  # whatever a template raises
-            remedy = "mend the messages or --chat_template_kwargs, or try --system_prompt ''"
-            raise UserError(f"{p.where}: the chat template refuses it ({str(error)[:100]}); {remedy}")
     kept = [p for p in problems if len(p.ids) <= max_prompt_length]
     long = [f"{p.where} ({len(p.ids)} tokens)" for p in problems if len(p.ids) > max_prompt_length]
     if not kept:
@@ -353,11 +347,10 @@ def equal_answers(gold, answer):
         return "wrong" if parsed[0] else "unparsable"
     # math-verify compares numbers to 6 decimals, which holds all tiny ones equal: these must agree relatively, too.
     numbers = [found[0].doit().evalf() for found in parsed if getattr(found[0], "is_number", False)]
-    try:
-        tiny = len(numbers) == 2 and 0 < abs(numbers[0]) < 1e-3
-        return "wrong" if tiny and abs(numbers[0] - numbers[1]) > 1e-6 * abs(numbers[0]) else "right"
-    except TypeError:  # nan and the like have no size
-        return "right"
+    with contextlib.suppress(TypeError):  # nan and the like have no size
+        if len(numbers) == 2 and 0 < abs(numbers[0]) < 1e-3 and abs(numbers[0] - numbers[1]) > 1e-6 * abs(numbers[0]):
+            return "wrong"
+    return "right"
 
 
 def grading_worker(seconds):
@@ -378,10 +371,9 @@ def grading_worker(seconds):
         resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 4 GiB, then MemoryError
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
+        verdict = "error"
+        with contextlib.suppress(Exception):  # of many kinds: MemoryError, RecursionError, whatever sympy raises
             verdict = equal_answers(*json.loads(line))
-        except Exception:  # of many kinds: MemoryError, RecursionError, whatever sympy raises
-            verdict = "error"
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), flush=True)
 
@@ -405,29 +397,24 @@ class Verifier:
         """Verdict of one worker on one pair: 'right', 'wrong', 'unparsable', 'timeout' or 'error'."""
         worker = self.idle.pop() if self.idle else self.start()
         worker = worker if worker.poll() is None else self.start()  # killed while idle, say for its memory
-        try:
+        with contextlib.suppress(OSError, ValueError):
             print(json.dumps(pair), file=worker.stdin, flush=True)
             verdict = json.loads(worker.stdout.readline())
             self.idle.append(worker)
             return verdict
-        except (OSError, ValueError):  # the worker is gone: the next answer gets a new one
-            worker.kill()
-            return "error"
+        worker.kill()  # it is gone: the next answer gets a new one
+        return "error"
 
     def __call__(self, pairs):
         """Verdicts on (gold, answer) pairs, a list; equal pairs are compared once, equal texts and integers here."""
         self.verdicts = self.verdicts if len(self.verdicts) < 2**17 else {}
-        unknown = []
-        for gold, answer in dict.fromkeys(pairs):
-            if gold == answer.strip():
-                self.verdicts[gold, answer] = "right"
-            elif re.fullmatch(r"-?[0-9]{1,15} -?[0-9]{1,15}", f"{gold} {answer}"):
-                self.verdicts[gold, answer] = "right" if int(gold) == int(answer) else "wrong"
-            elif (gold, answer) not in self.verdicts:
-                unknown.append((gold, answer))
-        if unknown:
-            with ThreadPoolExecutor(self.workers) as threads:  # they only wait, each for a worker of its own
-                self.verdicts |= zip(unknown, threads.map(self.ask, unknown))
+        for gold, answer in pairs:
+            same, integers = gold == answer.strip(), re.fullmatch(r"-?[0-9]{1,15} -?[0-9]{1,15}", f"{gold} {answer}")
+            if same or integers:
+                self.verdicts[gold, answer] = "right" if same or int(gold) == int(answer) else "wrong"
+        unknown = [pair for pair in dict.fromkeys(pairs) if pair not in self.verdicts]
+        with ThreadPoolExecutor(self.workers) as threads:  # they only wait, each for a worker of its own
+            self.verdicts |= zip(unknown, threads.map(self.ask, unknown))
         return [self.verdicts[pair] for pair in pairs]
 
 
@@ -448,9 +435,8 @@ def judge(texts, problems, finished=None):
     'error'). Three lists of equal length; an unfinished answer (cut at the length limit) is wrong."""
     finished = [True] * len(texts) if finished is None else finished
     answers = [(p.answer, gradable(text, done)) for text, p, done in zip(texts, problems, finished, strict=True)]
-    asked = [pair for pair in answers if all(pair)]
-    verdicts = dict(zip(asked, verifier(asked)))
-    return [verdicts.get(pair, "wrong") for pair in answers]
+    verdicts = iter(verifier([pair for pair in answers if all(pair)]))
+    return [next(verdicts) if all(pair) else "wrong" for pair in answers]
 
 
 def grade(texts, problems, finished=None):
@@ -480,16 +466,12 @@ def load_model(path, device="auto", dtype="auto"):
         raise UserError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
     if folder.is_dir() and not [*folder.glob("token*.*"), *folder.glob("vocab.*")]:
         raise UserError(f"--model {folder}: no tokenizer in this folder; put one there with tokenizer.save_pretrained")
-    try:
+    with mendable(f"--model {folder}: cannot be loaded", "check name and network"):  # also cut off, or of unknown kind
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), use_safetensors=True)
-    except Exception as error:  # of many kinds: a missing file, a cut-off one, an unknown architecture, no network
-        raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); check name and network")
     backbone_of(model)
-    try:
+    with mendable(f"--device {device}: the model cannot go there", "choose another device"):
         model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: the model cannot go there ({str(error)[:100]}); choose another device")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
@@ -497,9 +479,8 @@ def load_model(path, device="auto", dtype="auto"):
         # training. Nothing here samples by it; only its end tokens are read.
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     for module in model.modules():  # dropout would make sampler, old and new policy three different ones
-        for name in ("p", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for name in vars(module).keys() & {"p", "attention_dropout"}:
+            setattr(module, name, 0.0)
     return model.eval(), tokenizer
 
 
@@ -525,9 +506,14 @@ def backbone_of(model):
     return backbone
 
 
-def position_ids(attention_mask):
-    """[B, T] positions counted over real tokens only, so that padding on either side shifts nothing."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+def run_blocks(model, ids, attention_mask, cache=None):
+    """What the backbone makes of `ids` -> [B, T, D]. With a cache, `ids` are the last columns of attention_mask alone.
+
+    Positions are counted over real tokens only, so that padding on either side shifts nothing.
+    """
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    inputs = dict(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
+    return backbone_of(model)(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
 def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
@@ -547,8 +533,7 @@ def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
         # checkpointing, or gets a gradient. Its grad stays None, so that the optimizer leaves it as it is.
         backbone.layers, backbone.norm = layers[: layer + 1], final_norm if norm else torch.nn.Identity()
     try:
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
-        return backbone(**inputs, use_cache=False).last_hidden_state
+        return run_blocks(model, input_ids, attention_mask)
     finally:
         backbone.layers, backbone.norm = layers, final_norm
 
@@ -571,10 +556,8 @@ class HeadProduct(torch.autograd.Function):
 def head_logits(model, hidden):
     """hidden [N, D] -> fp32 logits [N, V] under the unembedding matrix, before any temperature."""
     head = model.get_output_embeddings()
-    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-        logits = HeadProduct.apply(hidden, head.weight)
-    else:
-        logits = F.linear(hidden, head.weight).float()
+    bf16 = hidden.is_cuda and hidden.dtype == torch.bfloat16
+    logits = HeadProduct.apply(hidden, head.weight) if bf16 else F.linear(hidden, head.weight).float()
     return logits if head.bias is None else logits + head.bias.float()
 
 
@@ -612,8 +595,12 @@ def completion_logps(model, rollouts, rows, temperature, layer=None, norm=False)
     predicts = mask[:, 1:longest]  # column t of the hidden states predicts token t + 1
     hidden = hidden_states(model, ids[:, :-1], attention_mask[:, :-1], layer, norm)[predicts]  # [N, D]
     logps, entropy = token_logps(model, hidden[None], ids[:, 1:][predicts][None], temperature)
-    zeros = torch.zeros(mask.shape, device=hidden.device)
-    return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
+    return spread(mask, logps), spread(mask, entropy)
+
+
+def spread(mask, values):
+    """N values, all those of row 0 first, to the N places [B, T] where the mask is 1; 0.0 elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask.bool(), values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -662,72 +649,55 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     """
     prompts = [encode(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
     generator = torch.Generator(model.device).manual_seed(seed)
-    rows = [p for p in range(len(prompts)) for _ in range(n)]  # the prompt of every row
-    wave = max(1, max_rollout_tokens // (max(map(len, prompts)) + max_completion_length))
     stop = end_token_ids(model, tokenizer)
-    starts, training, settings = range(0, len(rows), wave), model.training, (temperature, stop, generator)
+    size = max(1, max_rollout_tokens // (max(map(len, prompts)) + max_completion_length))  # rows at once
+    waves, training = torch.arange(len(prompts) * n, device=model.device).split(size), model.training
+    settings = n, max_completion_length, temperature, stop, generator
     model.eval()  # with gradient checkpointing, a model in training mode silently drops its cache and samples garbage
     try:
-        waves = [sample_wave(model, prompts, rows[i : i + wave], max_completion_length, *settings) for i in starts]
+        steps = [step for rows in waves for step in sample_wave(model, prompts, rows, *settings)]
     finally:
         model.train(training)
-    completions, logps, entropy = zip(*waves)
-    completions = [completion for wave in completions for completion in wave]
-    rollouts = assemble([prompts[p] for p in rows], completions, tokenizer.pad_token_id, model.device)
-    zeros, tokens = torch.zeros_like(rollouts.mask), rollouts.mask.bool()  # row-major: all tokens of row 0, row 1, ...
-    rollouts.logps = zeros.masked_scatter(tokens, torch.cat(logps))
-    rollouts.entropy = zeros.masked_scatter(tokens, torch.cat(entropy))
+    rows, tokens, logps, entropy = (torch.cat(column) for column in zip(*steps))  # step after step
+    order = rows.argsort(stable=True)  # row after row; stable keeps the steps of a row in order
+    completions = [completion.tolist() for completion in tokens[order].cpu().split(rows.bincount().tolist())]
+    rollouts = assemble([p for p in prompts for _ in range(n)], completions, tokenizer.pad_token_id, model.device)
+    rollouts.logps, rollouts.entropy = spread(rollouts.mask, logps[order]), spread(rollouts.mask, entropy[order])
     rollouts.finished = torch.tensor([completion[-1] in stop for completion in completions], device=model.device)
     rollouts.texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
     return rollouts
 
 
-def sample_wave(model, prompts, rows, max_completion_length, temperature, stop, generator):
-    """Decode one completion for every entry of `rows` (indices into prompts, ascending).
+def sample_wave(model, prompts, alive, n, max_completion_length, temperature, stop, generator):
+    """Decode one completion for every row in `alive`, ascending indices into the batch; row r has prompt r // n.
 
     Each prompt is prefilled once and its cache shared by its samples; a finished row leaves the batch.
-    -> (completions: lists of token ids, logps [N], entropy [N]), N tokens of all rows one after the other.
+    Yields, step by step, the rows still decoding and for each of them token, log-prob and entropy.
     """
     cache, device = DynamicCache(config=model.config), model.device
-
-    def forward(ids, attention_mask):  # -> [B, D], the state that predicts the next token
-        positions = position_ids(attention_mask)[:, -ids.shape[1] :]
-        inputs = dict(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
-        return backbone_of(model)(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-
-    unique, owner = torch.tensor(rows, device=device).unique(return_inverse=True)
+    unique, owner = (alive // n).unique(return_inverse=True)
     unique = [prompts[p] for p in unique.tolist()]
     # Left padding puts every prompt's last token into the last column, which predicts the first completion token.
     padding = [max(map(len, unique)) - len(prompt) for prompt in unique]
     ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, unique)], device=device)
     attention_mask = torch.tensor([[0] * pad + [1] * len(p) for pad, p in zip(padding, unique)], device=device)
-    hidden = forward(ids, attention_mask)[owner]
+    hidden = run_blocks(model, ids, attention_mask, cache)[owner, -1]  # [B, D], the state that predicts the next token
     attention_mask = attention_mask[owner]
     cache.batch_select_indices(owner)
 
-    alive = torch.arange(len(rows), device=device)  # rows still decoding
-    stop, history = torch.tensor(stop, dtype=torch.long, device=device), []
+    stop = torch.tensor(stop, dtype=torch.long, device=device)
     for step in range(max_completion_length):
-        distribution = F.log_softmax(head_logits(model, hidden) / (temperature or 1.0), dim=-1)  # [alive, V]
-        if temperature == 0:
-            token = distribution.argmax(-1)
-        else:
-            token = torch.multinomial(distribution.exp(), 1, generator=generator).squeeze(1)
-        logps = distribution.gather(1, token[:, None]).squeeze(1)
-        history.append((alive, token, logps, -(distribution.exp() * distribution).sum(-1)))
-        keep = (~torch.isin(token, stop)).nonzero().squeeze(1)
+        logps = F.log_softmax(head_logits(model, hidden) / (temperature or 1.0), dim=-1)  # [alive, V]
+        token = torch.multinomial(logps.exp(), 1, generator=generator) if temperature else logps.argmax(-1)[:, None]
+        yield alive, token.squeeze(1), logps.gather(1, token).squeeze(1), -(logps.exp() * logps).sum(-1)
+        keep = (~torch.isin(token.squeeze(1), stop)).nonzero().squeeze(1)
         if len(keep) < len(alive):
             alive, token, attention_mask = alive[keep], token[keep], attention_mask[keep]
             cache.batch_select_indices(keep)
         if len(alive) == 0 or step == max_completion_length - 1:
             break
         attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        hidden = forward(token[:, None], attention_mask)
-
-    owner, tokens, logps, entropy = (torch.cat(column) for column in zip(*history))  # step-major
-    order = owner.argsort(stable=True)  # row-major; stable keeps the steps of a row in order
-    completions = tokens[order].cpu().split(owner.bincount().tolist())
-    return [completion.tolist() for completion in completions], logps[order], entropy[order]
+        hidden = run_blocks(model, token, attention_mask, cache)[:, -1]
 
 
 def micro_batches(rollouts, rows, budget):
@@ -761,7 +731,6 @@ class Optimizer:
         options = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         for name, parameter in model.named_parameters():  # a tied matrix appears once
             master = parameter.detach().to(args.optimizer_device or parameter.device, torch.float32)
-            master = parameter if master.data_ptr() == parameter.data_ptr() else master
             self.slots.append((name, parameter, master, torch.optim.AdamW([master], **options)))
 
     def step(self, learning_rate=None):
@@ -806,7 +775,7 @@ class Optimizer:
 
     def load_state_dict(self, state):
         """Restore what `state_dict` gave."""
-        for name, _, master, adam in self.slots if state else ():
+        for name, _, master, adam in self.slots:
             master.data.copy_(state[name]["master"])
             adam.load_state_dict(state[name]["adam"])
 
@@ -842,12 +811,9 @@ def evaluate(model, tokenizer, problems, n, temperature=1.0, max_completion_leng
 
 def summary(rollouts, rewards):
     """What training steps and evaluations both log of a batch of answers. rewards [P, G] -> dict of floats."""
-    return dict(
-        accuracy=float((rewards == 1).float().mean()),
-        response_length=float(rollouts.lengths.float().mean()),
-        entropy=masked_mean(rollouts.entropy, rollouts.mask),
-        truncated_share=float((~rollouts.finished).float().mean()),
-    )
+    means = dict(accuracy=rewards == 1, response_length=rollouts.lengths, truncated_share=~rollouts.finished)
+    means = {name: float(values.float().mean()) for name, values in means.items()}
+    return dict(**means, entropy=masked_mean(rollouts.entropy, rollouts.mask))
 
 
 def per_token(sums):
@@ -939,7 +905,7 @@ class Run:
         limits = args.max_prompt_length, json.loads(args.chat_template_kwargs)
         problems = problems or load_problems(args.data, "train", 0, args.system_prompt)
         self.problems = tokenize_problems(self.tokenizer, problems, *limits)
-        self.eval_problems, eval_data = [], args.eval_data or ("arithmetic" if args.data == "arithmetic" else "")
+        self.eval_problems, eval_data = [], args.eval_data or (args.data if args.data == "arithmetic" else "")
         if eval_data and args.eval_steps:
             problems = load_problems(eval_data, "test", args.eval_problems, args.system_prompt)
             self.eval_problems = tokenize_problems(self.tokenizer, problems, *limits)
@@ -949,35 +915,30 @@ class Run:
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = Optimizer(self.model, args)
-        try:
-            state = torch.load(path / "optimizer.pt", "cpu", weights_only=True) if self.start else {}
-            self.optimizer.load_state_dict(state)
-        except Exception as error:  # of many kinds: missing, cut off, of another model, not a state at all
-            raise UserError(f"{path}/optimizer.pt: cannot be read ({str(error)[:80]}); delete {path} to go back")
+        if self.start:
+            with mendable(f"{path}/optimizer.pt: cannot be read", f"delete {path} to go back"):
+                self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", "cpu", weights_only=True))
         return self.model, self.tokenizer, self.optimizer
 
     def steps(self):
         """Yield (step, problems) from the first, or first not yet trained, step to --max_steps."""
-        args = self.args
-        self.report = reporter(args)
-        try:
+        self.report = reporter(self.args)
+        with mendable(f"--output_dir {self.folder}: cannot be written", "pass another folder", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob("best")) if not self.start else ():
-                shutil.rmtree(path)
             if not self.start:
                 (self.folder / "trainer_state.json").unlink(missing_ok=True)
-            write_json(self.folder / "args.json", vars(args))
+                for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob("best")):
+                    shutil.rmtree(path)
+            write_json(self.folder / "args.json", vars(self.args))
             for log in (self.folder / "metrics.jsonl", self.folder / "completions.jsonl"):
                 write_text(log, jsonl(read_log(log, self.start) if self.start else []))
-        except OSError as error:
-            raise UserError(f"--output_dir {self.folder}: cannot be written ({error.strerror}); pass another folder")
         with contextlib.suppress(ValueError):  # outside the main thread signals stay as they are
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
         print(f"{self.folder}: resuming after step {self.start}") if self.start else self.evaluate(0)
-        self.bar = tqdm(total=args.max_steps, initial=self.start, unit="step", mininterval=1.0)
-        for step in range(self.start + 1, args.max_steps + 1):
-            torch.manual_seed(step_seed(args.seed, step))  # nothing here draws from it; a model with dropout does
+        self.bar = tqdm(total=self.args.max_steps, initial=self.start, unit="step", mininterval=1.0)
+        for step in range(self.start + 1, self.args.max_steps + 1):
+            torch.manual_seed(step_seed(self.args.seed, step))  # nothing here draws from it; a model with dropout does
             self.stages, self.mark = {}, time.perf_counter()
             yield step, self.batch(step)
         self.bar.close()
@@ -992,18 +953,17 @@ class Run:
     def batch(self, step):
         """The problems of a step: consecutive blocks of a permutation that depends on seed and epoch only, so that
         resuming needs no stored position. The few problems left over at the end of an epoch are dropped."""
-        P, order = self.args.num_prompts, list(range(len(self.problems)))
+        P, order = self.args.num_prompts, [*self.problems]
         epoch, block = divmod(step - 1, len(order) // P)
         random.Random(f"{self.args.seed}-{epoch}").shuffle(order)
-        return [self.problems[i] for i in order[block * P : (block + 1) * P]]
+        return order[block * P : (block + 1) * P]
 
     def lap(self, stage):
         """Charge the time since this step's last lap to `stage`."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-        now = time.perf_counter()
-        self.stages[stage] = self.stages.get(stage, 0.0) + now - self.mark
-        self.mark = now
+        before, self.mark = self.mark, time.perf_counter()
+        self.stages[stage] = self.stages.get(stage, 0.0) + self.mark - before
 
     def write(self, record):
         """Append a record to metrics.jsonl and send it to --report_to."""
@@ -1012,9 +972,8 @@ class Run:
 
     def record(self, step, metrics, shown=("loss",)):
         """Log a training step; show some of its metrics on the bar."""
-        memory = peak_memory_gb(self.model.device)
-        clock = dict(seconds=sum(self.stages.values()), seconds_by_stage=self.stages, peak_memory_gb=memory)
-        self.write(dict(step=step, **metrics, **clock))
+        seconds, memory = sum(self.stages.values()), peak_memory_gb(self.model.device)
+        self.write(dict(step=step, **metrics, seconds=seconds, seconds_by_stage=self.stages, peak_memory_gb=memory))
         for name, (happens, remedy) in FAULTS.items():
             if name not in self.faults and happens(metrics):
                 self.faults[name] = f"warning: {name} (first in step {step}): {remedy}"
@@ -1037,27 +996,23 @@ class Run:
         append_jsonl(self.folder / "completions.jsonl", answers)
         names = dict(grader_timeouts="timeout", grader_errors="error", unparsable_golds="unparsable")
         undecided = {name: rollouts.verdicts.count(verdict) for name, verdict in names.items()}
-        metrics = dict(
-            reward=rewards.mean().item(),
-            **summary(rollouts, rewards),
-            length_right=lengths[right].mean().item() if right.any() else None,
-            length_wrong=lengths[~right].mean().item() if not right.all() else None,
-            zero_variance_share=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-            **undecided,
-            **metrics,
-        )
+        figures = dict(reward=rewards.mean().item(), **summary(rollouts, rewards), **undecided)
+        for name, rows in (("length_right", right), ("length_wrong", ~right)):
+            figures[name] = lengths[rows].mean().item() if rows.any() else None
+        figures["zero_variance_share"] = (rewards.amax(1) == rewards.amin(1)).float().mean().item()
         self.lap("bookkeeping")
-        metrics["tokens_per_second"] = lengths.sum().item() / sum(self.stages.values())
-        self.record(step, metrics, ("reward", "accuracy", "response_length", "entropy"))
+        figures["tokens_per_second"] = lengths.sum().item() / sum(self.stages.values())
+        self.record(step, figures | metrics, ("reward", "accuracy", "response_length", "entropy"))
         if sum(undecided.values()) > self.args.max_grader_errors * len(answers):
             remedy = "mend the golds of --data, raise --grade_timeout or --max_grader_errors"
             raise UserError(f"step {step}: no verdict on too many of {len(answers)} answers, {undecided}; {remedy}")
 
     def evaluate(self, step):
-        """Sampled and greedy accuracy on held-out problems and the KL to the starting model, into metrics.jsonl."""
-        if not self.eval_problems:
-            return
+        """Where due: sampled and greedy accuracy on held-out problems and the KL to the starting model, into
+        metrics.jsonl."""
         args, inputs = self.args, (self.model, self.tokenizer, self.eval_problems)
+        if not self.eval_problems or (step % args.eval_steps and step < args.max_steps):
+            return
         limits = dict(max_completion_length=args.max_completion_length, max_rollout_tokens=args.max_rollout_tokens)
         seed = step_seed(args.seed, "evaluation")  # the same at every step: less noise between evaluations
         sampled = evaluate(*inputs, args.eval_samples, args.eval_temperature, seed=seed, **limits)
@@ -1072,17 +1027,16 @@ class Run:
 
     def save(self, step):
         """End a step: evaluate and checkpoint where due. After a signal: checkpoint, say how to resume, exit."""
-        args, last = self.args, step == self.args.max_steps
-        if args.eval_steps and (last or step % args.eval_steps == 0):
-            self.evaluate(step)
-        if self.stop_signal or (args.save_steps and step % args.save_steps == 0 and not last):
+        args = self.args
+        self.evaluate(step)
+        if self.stop_signal or (args.save_steps and step % args.save_steps == 0 and step < args.max_steps):
             self.write_model(self.folder / f"checkpoint-{step}", step)
             whole = sorted((p for p in self.folder.glob("checkpoint-*") if step_of(p)), key=step_of)
-            for path in whole[: -args.save_total_limit] if args.save_total_limit else ():
+            for path in whole[: -args.save_total_limit]:  # 0 keeps them all: whole[:-0] is empty
                 shutil.rmtree(path)
         if self.stop_signal:
             self.bar.close()
-            print(*self.faults.values(), sep="\n", file=sys.stderr)
+            sys.stderr.writelines(f"{fault}\n" for fault in self.faults.values())
             print(f"stopped after step {step}; the same command resumes from {self.folder}", file=sys.stderr)
             sys.exit(128 + self.stop_signal)
 
@@ -1091,28 +1045,25 @@ class Run:
         all, since it gets its name only when everything is on the disk. Raises UserError if the disk is full, say."""
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        try:
+        remedy = "free some space, then repeat the command to go on from the checkpoint before"
+        with mendable(f"{folder}: cannot be written", remedy), contextlib.ExitStack() as cleanup:
+            cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)  # finds nothing where all went well
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
             write_json(temporary / "trainer_state.json", {"step": step})
             for path in (*filter(Path.is_file, temporary.rglob("*")), temporary):
                 sync(path)
-        except Exception as error:  # of many kinds, by the library that writes
-            shutil.rmtree(temporary, ignore_errors=True)
-            remedy = "free some space, then repeat the command to go on from the checkpoint before"
-            raise UserError(f"{folder}: cannot be written ({str(error)[:100]}); {remedy}")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(temporary, folder)
         sync(self.folder)
 
     def finish(self):
         """Model, tokenizer and optimizer into the run folder itself, then the curves."""
-        self.write_model(self.folder / "final", self.args.max_steps)
+        self.write_model(self.folder / "final", max(self.start, self.args.max_steps))
         (self.folder / "trainer_state.json").unlink(missing_ok=True)
         for path in sorted((self.folder / "final").iterdir()):  # trainer_state.json marks a finished run: it moves last
-            if path.is_dir():  # additional chat templates, of some tokenizers
-                shutil.rmtree(self.folder / path.name, ignore_errors=True)
+            shutil.rmtree(self.folder / path.name, ignore_errors=True)  # of a folder: some tokenizers' chat templates
             os.replace(path, self.folder / path.name)
         (self.folder / "final").rmdir()
         sync(self.folder)
@@ -1120,7 +1071,7 @@ class Run:
         with contextlib.suppress(ValueError):  # only now: a signal must not cut the writing
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print(*self.faults.values(), sep="\n", file=sys.stderr) if self.faults else None
+        sys.stderr.writelines(f"{fault}\n" for fault in self.faults.values())
         print(f"{self.folder}: model, metrics.jsonl, completions.jsonl, curves.png")
 
 
@@ -1137,10 +1088,8 @@ def step_of(folder):
 
 def read_json(path):
     """The object in a JSON file of a run folder. Raises UserError."""
-    try:
+    with mendable(f"{path}: cannot be read", "--overwrite trains again, --output_dir elsewhere"):
         return dict(json.loads(path.read_text()).items())
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); --overwrite trains again, --output_dir elsewhere")
 
 
 def jsonl(records):
@@ -1187,13 +1136,12 @@ def peak_memory_gb(device):
 
 def reporter(args):
     """A function (record, step=...) that logs to --report_to. Raises UserError if that package is not installed."""
-    try:
-        tracker = importlib.import_module(args.report_to) if args.report_to != "none" else None
-    except ImportError:
-        raise UserError(f"--report_to {args.report_to}: not installed; pip install it, or use --report_to none")
-    if tracker:
-        tracker.init(project=Path.cwd().name, name=args.output_dir, config=vars(args))
-    return tracker.log if tracker else lambda record, step: None
+    if args.report_to == "none":
+        return lambda record, step: None
+    with mendable(f"--report_to {args.report_to}: not installed", "pip install it, or take none", ImportError):
+        tracker = importlib.import_module(args.report_to)
+    tracker.init(project=Path.cwd().name, name=args.output_dir, config=vars(args))
+    return tracker.log
 
 
 def draw_curves(folder):

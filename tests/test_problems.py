@@ -103,10 +103,11 @@ def test_malformed_lines_are_named(line, found, tmp_path):
     assert all(name in str(error.value) for name in found)
 
 
-def test_labels_may_be_missing_where_none_is_needed(tmp_path):
+def test_labels_may_be_missing_where_none_is_needed(tmp_path, capsys):
     """em.py learns without labels; a row without answer must not stop it, nor slip into a run that needs rewards."""
     path = str(write_jsonl(tmp_path / "data.jsonl", [{"problem": "1+2?"}, {"problem": "1+2?", "answer": "3"}]))
     assert [p.answer for p in common.load_problems(path, labels=False)] == ["", "3"]
+    assert not capsys.readouterr().err  # a label that is not there is not one that cannot be read
     with pytest.raises(common.UserError, match="data.jsonl:1: no gold answer"):
         common.load_problems(path)
 

@@ -166,6 +166,19 @@ def test_more_steps_continue_a_finished_run(model_folder, data):
     assert_same("grown", "whole")
 
 
+def test_fewer_steps_than_trained_are_not_claimed(model_folder, data, monkeypatch):
+    """--max_steps lowered below the checkpoint: under the lower number, the steps beyond would be trained twice."""
+    grpo.main(settings(grpo, model_folder, data, output_dir="whole"))
+    with monkeypatch.context() as m:
+        stop_after(3, m)
+        with pytest.raises(SystemExit):
+            grpo.main(settings(grpo, model_folder, data, output_dir="cut"))
+    grpo.main(settings(grpo, model_folder, data, output_dir="cut", max_steps=2))
+    assert common.step_of(Path("cut")) == 3
+    grpo.main(settings(grpo, model_folder, data, output_dir="cut"))
+    assert_same("cut", "whole")
+
+
 def test_overwrite_trains_again(model_folder, data):
     """Leftovers of the run before, a checkpoint say, must not find their way into the new one."""
     grpo.main(settings(grpo, model_folder, data, output_dir="whole"))
