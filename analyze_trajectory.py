@@ -116,6 +116,7 @@ def read_trajectories(tokenizer, args):
                 fields = f"found fields {', '.join(map(str, row)) or 'none'}"[:300]
                 raise UserError(f"{where}: no {name}; put text into '{name}' (found {fields})")
         problem = common.problem_from_row(where, row | dict(answer=row["gold"]))
+        problem.numbers, problem.target = row.get("numbers"), row.get("target")  # of Countdown, for its score
         problems = common.add_system_prompt([problem], args.system_prompt)
         common.tokenize_problems(tokenizer, problems, args.max_prompt_length, json.loads(args.chat_template_kwargs))
         finished = row.get("finished", True)

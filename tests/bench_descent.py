@@ -3,9 +3,9 @@
 Both give the loss of an answer after each of 201 prefixes of 200 tokens of thinking. `per_position` is what one writes
 first: prompt, prefix and branch through the model, batch 1, all logits. `lean` is the best that can be done without
 sharing anything between positions: only the answer's positions meet the head. Aim: at least 10 times faster. Two
-settings: the embedded model's sizes, prompt of 15 tokens and cue of one; and a prompt of 100 tokens with a cue of ten, as
-of a real tokenizer, in a model that is small but too large for the caches. The token counts alone allow a ratio of about
-(P + T/2 + S) / S, S tokens of cue and answer, so that short prompts with long cues gain least. One or two minutes.
+settings: the embedded model's sizes, a prompt of 15 tokens and a cue of one; and a prompt of 100 tokens and a cue of
+ten, as of a real tokenizer, in a small model that is yet too large for the caches. The token counts alone allow a ratio
+of about (P + T/2 + S) / S, with S tokens of cue and answer: short prompts with long cues gain least. About two minutes.
 
     python tests/bench_descent.py
 """
