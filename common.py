@@ -17,9 +17,11 @@ this token come out of column t-1, so a forward pass over ids[:, :-1] scores the
 import ast
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -28,10 +30,12 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
-import threading
 import time
+import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,7 +43,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from math_verify import parse as math_parse, verify as math_verify
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser
@@ -53,8 +56,6 @@ EMBEDDED_MODEL = Path("runs/tiny")  # where sft.py keeps the embedded model
 # Metrics that may differ between two equal runs: clocks and memory, nothing that is learned.
 VOLATILE = {"seconds", "seconds_by_stage", "tokens_per_second", "peak_memory_gb"}
 
-LOGP_GAP_TOLERANCE = 0.05  # nats per token between sampler and trainer; bf16 rounding gives about 0.01
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Errors and command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,11 +67,24 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A UserError becomes one line on stderr and exit status 2. Other exceptions are bugs and keep their traceback."""
+    """A UserError, a full disk or a full GPU becomes one line on stderr and exit status 2. Other exceptions are bugs
+    and keep their traceback."""
     try:
         yield
+        return
     except UserError as error:
-        sys.exit(print("error: " + " ".join(str(error).split()), file=sys.stderr) or 2)
+        message = str(error)
+    except torch.OutOfMemoryError as error:
+        sampling = "sample_wave" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        option = "--max_rollout_tokens" if sampling else "--micro_batch_tokens, or try --optimizer_device cpu"
+        message = f"out of GPU memory while {'sampling' if sampling else 'training'}: lower {option}; then resume"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        message = f"{error.filename or '--output_dir'}: {error.strerror}; free some space, then repeat the command"
+    for bar in [*tqdm._instances]:  # the error must not stand at the end of a progress bar
+        bar.close()
+    sys.exit(print("error: " + " ".join(message.split()), file=sys.stderr) or 2)
 
 
 def option(default, help):
@@ -101,7 +115,9 @@ class RunArgs:
     device: str = option("auto", "'auto' (cuda if there is one), 'cpu', 'cuda', 'cuda:1', ...")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "of weights; auto: bfloat16 on cuda, else float32")
     gradient_checkpointing: bool = option(True, "recompute blocks in the backward pass: less memory, a third more time")
-    optimizer_device: str = option("", "'cpu' keeps fp32 masters and moments in host memory; '': beside the weights")
+    optimizer_device: Literal["", "cpu"] = option("", "'cpu': fp32 masters and moments in host memory; '': on --device")
+    grade_timeout: float = option(3.0, "seconds the verifier may spend on one answer, which then scores 0")
+    max_grader_errors: float = option(0.2, "stop when a larger share of a step's answers defeats the verifier")
     seed: int = option(0, "drives data order and sampling")
     output_dir: str = option("runs/run", "folder of everything this run writes")
     overwrite: bool = option(False, "train again although the folder holds a run: deletes that run's files")
@@ -116,9 +132,10 @@ class RunArgs:
     def __post_init__(self):
         """Raise UserError for a value that could only fail later."""
         for name, value in vars(self).items():
-            positive = re.fullmatch("max_.*|num_.*|micro_.*|.*temperature|.*_samples|delta", name)
-            if type(value) in (int, float) and not (value > 0 or (value == 0 and not positive)):
-                raise UserError(f"--{name} {value}: must be {'above 0' if positive else '0 or more'}")
+            above = re.fullmatch("max_.*|num_.*|micro_.*|.*temperature|.*_samples|grade_.*|delta", name)
+            low = 1 if name == "delta" else 0  # the dual clip starts beyond the policy's own ratio
+            if type(value) in (int, float) and not (value > low or (value == low and not above)):
+                raise UserError(f"--{name} {value}: must be {'above' if above else 'at least'} {low}")
         try:
             json.loads(self.chat_template_kwargs).items()
         except (ValueError, AttributeError):
@@ -203,7 +220,7 @@ def read_rows(source, split="train"):
             path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
         lines = Path(path).read_bytes().split(b"\n")
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}: cannot be read ({str(error)[:120]}); check the path")
+        raise UserError(f"{source}: cannot be read ({str(error)[:120]}); check name and network, or pass a local file")
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -251,7 +268,8 @@ def load_problems(source, split="train", limit=0, system_prompt="", labels=True)
         problems = arithmetic(split, limit or 4096)
     else:
         problems = [problem_from_row(where, row, labels) for where, row in read_rows(source, split)][: limit or None]
-        unparsable = [p.where for p in problems if p.answer and not parsed_answer(p.answer)]
+        golds = [(p.answer, "" if p.answer else " ") for p in problems]
+        unparsable = [p.where for p, verdict in zip(problems, verifier(golds)) if verdict != "wrong"]
         if unparsable:
             print(f"{len(unparsable)} gold answers compare as text only: {', '.join(unparsable[:9])}", file=sys.stderr)
     if not problems:
@@ -321,51 +339,140 @@ def last_boxed(text):
     return content
 
 
-def alarm_seconds():
-    """math-verify's own time limit works by SIGALRM, which only the main thread may set."""
-    return 5 if threading.current_thread() is threading.main_thread() else None
-
-
-@functools.lru_cache(maxsize=2**16)
+@functools.lru_cache(maxsize=2**12)
 def parsed_answer(answer):
     """math-verify's reading of an answer: a list of candidates, empty if there is none. The box is what it trusts most:
     bare LaTeX such as \\dfrac{9}{7} would parse to nothing."""
-    return math_parse(f"\\boxed{{{answer}}}", parsing_timeout=alarm_seconds())
+    from math_verify import parse
+
+    return parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
 
 
-@functools.lru_cache(maxsize=2**16)
-def same_answer(gold, answer):
-    """True if math-verify holds `answer` equal to `gold` (LaTeX without box). Not symmetric: gold comes first."""
-    if gold == answer.strip():
-        return True
+def equal_answers(gold, answer):
+    """math-verify's verdict, without any time limit: 'right', 'wrong', or 'unparsable' where it cannot read gold.
+
+    gold and answer are LaTeX without box. Not symmetric: gold comes first.
+    """
+    from math_verify import verify
+
     parsed = parsed_answer(gold), parsed_answer(answer)
-    if not math_verify(*parsed, timeout_seconds=alarm_seconds()):
-        return False
+    if not parsed[0] or not verify(*parsed, timeout_seconds=None):
+        return "wrong" if parsed[0] else "unparsable"
     # math-verify compares numbers to 6 decimals, which holds all tiny ones equal: these must agree relatively, too.
     numbers = [found[0].doit().evalf() for found in parsed if getattr(found[0], "is_number", False)]
     try:
         tiny = len(numbers) == 2 and 0 < abs(numbers[0]) < 1e-3
-        return not tiny or bool(abs(numbers[0] - numbers[1]) < 1e-6 * abs(numbers[0]))
+        return "wrong" if tiny and abs(numbers[0] - numbers[1]) > 1e-6 * abs(numbers[0]) else "right"
     except TypeError:  # nan and the like have no size
-        return True
+        return "right"
+
+
+def grading_worker(seconds):
+    """The program of a grading process: for every line [gold, answer] of stdin, a line with the verdict on stdout.
+
+    What sympy computes can take for ever or all memory, sometimes deep in C, where no exception reaches. So a child
+    does the work, SIGALRM's default action ends it after `seconds` whatever it is in the middle of, and its parent, who
+    has sympy loaded and nothing else to do, reports the loss and forks another one within milliseconds.
+    """
+    import math_verify  # noqa: F401, before the fork: children find it loaded
+
+    while os.fork():
+        status = os.wait()[1]
+        if os.WTERMSIG(status) != signal.SIGALRM:  # end of stdin, or a crash: one that nobody asked for would be taken
+            sys.exit(bool(status))  # for the answer to the next question
+        print('"timeout"', flush=True)
+    with contextlib.suppress(ValueError, OSError):  # not every system has this limit
+        resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 4 GiB, then MemoryError
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            verdict = equal_answers(*json.loads(line))
+        except Exception:  # of many kinds: MemoryError, RecursionError, whatever sympy raises
+            verdict = "error"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(verdict), flush=True)
+
+
+class Verifier:
+    """Compares answers in a few worker processes, which start when first needed and stay. No answer can hang or kill
+    more than itself. Workers run the three functions above alone, as text: importing this file, with torch, would cost
+    each of them seconds and 400 MB; and a process forked from one that uses CUDA could not be trusted."""
+
+    def __init__(self):
+        self.seconds, self.workers, self.idle, self.verdicts = 3.0, min(8, os.cpu_count()), [], {}
+
+    def start(self):
+        imports = "import contextlib, functools, json, os, resource, signal, sys"
+        functions = map(inspect.getsource, (parsed_answer, equal_answers, grading_worker))
+        program = "\n\n".join([imports, *functions, f"grading_worker({self.seconds})"])
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        return subprocess.Popen([sys.executable, "-c", program], start_new_session=True, **pipes)  # deaf to Ctrl-C
+
+    def ask(self, pair):
+        """Verdict of one worker on one pair: 'right', 'wrong', 'unparsable', 'timeout' or 'error'."""
+        worker = self.idle.pop() if self.idle else self.start()
+        worker = worker if worker.poll() is None else self.start()  # killed while idle, say for its memory
+        try:
+            print(json.dumps(pair), file=worker.stdin, flush=True)
+            verdict = json.loads(worker.stdout.readline())
+            self.idle.append(worker)
+            return verdict
+        except (OSError, ValueError):  # the worker is gone: the next answer gets a new one
+            worker.kill()
+            return "error"
+
+    def __call__(self, pairs):
+        """Verdicts on (gold, answer) pairs, a list; equal pairs are compared once, equal texts and integers here."""
+        self.verdicts = self.verdicts if len(self.verdicts) < 2**17 else {}
+        unknown = []
+        for gold, answer in dict.fromkeys(pairs):
+            if gold == answer.strip():
+                self.verdicts[gold, answer] = "right"
+            elif re.fullmatch(r"-?[0-9]{1,15} -?[0-9]{1,15}", f"{gold} {answer}"):
+                self.verdicts[gold, answer] = "right" if int(gold) == int(answer) else "wrong"
+            elif (gold, answer) not in self.verdicts:
+                unknown.append((gold, answer))
+        if unknown:
+            with ThreadPoolExecutor(self.workers) as threads:  # they only wait, each for a worker of its own
+                self.verdicts |= zip(unknown, threads.map(self.ask, unknown))
+        return [self.verdicts[pair] for pair in pairs]
+
+
+verifier = Verifier()
+
+
+REWARDS = {"right": 1.0, "well-formed": 0.1}  # of verdicts; 0 for every other
+
+
+def gradable(text, finished=True):
+    """What counts of an answer: its last complete box, if it is finished and holds at most 2,000 characters; else ''.
+
+    Nothing outside that box earns anything: no right number mentioned on the way, no second guess.
+    """
+    answer = last_boxed(text) if finished else None
+    return answer if answer and len(answer) <= 2000 else ""
+
+
+def judge(texts, problems, finished=None):
+    """Verdicts, one per text: 'right', 'wrong', in Countdown 'well-formed', or what kept the verifier from a verdict
+    ('unparsable' gold, 'timeout', 'error'). Three lists of equal length; an unfinished answer (cut at the length limit)
+    is wrong."""
+    finished = [True] * len(texts) if finished is None else finished
+    answers = [(p.answer, gradable(text, done)) for text, p, done in zip(texts, problems, finished, strict=True)]
+    asked = [pair for pair, p in zip(answers, problems) if all(pair) and not p.numbers]
+    verdicts = dict(zip(asked, verifier(asked)))
+    found = [verdicts.get(pair, "wrong") for pair in answers]
+    for i, p in enumerate(problems):
+        if p.numbers and finished[i]:
+            score = score_countdown(texts[i], p.numbers, p.target)
+            found[i] = {1.0: "right", 0.1: "well-formed"}.get(score, "wrong")
+    return found
 
 
 def grade(texts, problems, finished=None):
-    """Rewards, one per text: 1.0 if the last complete box holds the problem's answer, else 0.0.
-
-    Three lists of equal length; an unfinished answer (cut at the length limit) scores 0. Nothing outside the last box
-    counts, so a right number mentioned on the way earns nothing. Countdown: see `score_countdown`.
-    """
-    rewards = []
-    for i, (text, problem) in enumerate(zip(texts, problems, strict=True)):
-        text = text if finished is None or finished[i] else ""
-        if problem.numbers:
-            rewards.append(score_countdown(text, problem.numbers, problem.target))
-            continue
-        answer = last_boxed(text)
-        gradable = answer and problem.answer and len(answer) <= 2000
-        rewards.append(float(bool(gradable) and same_answer(problem.answer, answer)))
-    return rewards
+    """Rewards, one per text: 1.0 for a right answer, 0.1 for a well-formed one in Countdown, else 0.0. Arguments as in
+    `judge`."""
+    return [REWARDS.get(verdict, 0.0) for verdict in judge(texts, problems, finished)]
 
 
 # Countdown: problems and scores ---------------------------------------------------------------------------------------
@@ -442,6 +549,11 @@ def score_countdown(text, numbers, target):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# cuDNN's attention plans every new shape anew, and while sampling each step is one: 128 against 36 ms a token
+# (Qwen3-1.7B, 512 rows, H200). The other kernels of scaled_dot_product_attention need no plan.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def load_model(path, device="auto", dtype="auto"):
     """(model, tokenizer) from a local folder or hub id, in evaluation mode. Safetensors only, no remote code.
 
@@ -458,7 +570,7 @@ def load_model(path, device="auto", dtype="auto"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), use_safetensors=True)
     except Exception as error:  # of many kinds: a missing file, a cut-off one, an unknown architecture, no network
-        raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); pass a model folder or a hub id")
+        raise UserError(f"--model {folder}: cannot be loaded ({str(error)[:200]}); check name and network")
     backbone_of(model)
     try:
         model.to(device)
@@ -607,6 +719,7 @@ class Rollouts:
     logps: torch.Tensor | None = None  # [B, T] log-prob of each completion token when it was sampled, 0 elsewhere
     entropy: torch.Tensor | None = None  # [B, T] entropy of the distribution it was sampled from, 0 elsewhere
     texts: list[str] | None = None  # completions without special tokens
+    verdicts: list[str] | None = None  # of `judge`, once graded
 
 
 def assemble(prompts, completions, pad, device):
@@ -727,6 +840,7 @@ class Optimizer:
 
     def __init__(self, model, args):
         self.max_grad_norm, self.skipped_in_a_row, self.norms, self.slots = args.max_grad_norm, 0, [], []
+        self.moved = []  # (entries seen that an update changed, entries seen with a gradient), a pair per update
         options = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         for name, parameter in model.named_parameters():  # a tied matrix appears once
             master = parameter.detach().to(args.optimizer_device or parameter.device, torch.float32)
@@ -743,8 +857,6 @@ class Optimizer:
         norm = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
         self.norms.append(norm)
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row:
-            tqdm.write("warning: non-finite gradient, no update; if it stays, lower --learning_rate", file=sys.stderr)
         if self.skipped_in_a_row == 10:
             raise UserError("10 non-finite gradients in a row; lower --learning_rate, or try --dtype float32")
         for _, parameter, master, adam in self.slots:
@@ -752,15 +864,24 @@ class Optimizer:
                 scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
                 master.grad = parameter.grad.to(master.device, torch.float32).mul_(scale)
                 adam.param_groups[0]["lr"] = adam.param_groups[0]["lr"] if learning_rate is None else learning_rate
+                some = slice(0, None, 1 + master.numel() // 1024)  # does an update survive rounding? some entries tell
+                before, pulled = master.data.flatten()[some].clone(), master.grad.flatten()[some] != 0
                 adam.step()
+                changed = (master.data.flatten()[some] != before) & pulled
+                self.moved.append(torch.stack([changed.sum(), pulled.sum()]))
                 parameter.data.copy_(master)  # a no-op where the parameter is its own master
             parameter.grad = master.grad = None
         return norm
 
     def summary(self):
-        """Of the updates since the last summary: mean gradient norm before clipping (None without any), and number."""
-        norms, self.norms = [norm for norm in self.norms if math.isfinite(norm)], []
-        return dict(grad_norm=sum(norms) / len(norms) if norms else None, optimizer_steps=len(norms))
+        """Of the updates since the last summary: mean gradient norm before clipping, number of updates, of gradients
+        that were not finite, and the share of weights with a gradient whose update did not vanish in rounding."""
+        norms = [norm for norm in self.norms if math.isfinite(norm)]
+        changed, pulled = sum(self.moved).tolist() if self.moved else (0, 0)
+        figures = dict(grad_norm=sum(norms) / len(norms) if norms else None, optimizer_steps=len(norms))
+        figures |= dict(skipped_steps=len(self.norms) - len(norms), updated_share=changed / pulled if pulled else None)
+        self.norms, self.moved = [], []
+        return figures
 
     def state_dict(self):
         """Masters and moments by parameter name."""
@@ -768,7 +889,7 @@ class Optimizer:
 
     def load_state_dict(self, state):
         """Restore what `state_dict` gave."""
-        for name, _, master, adam in self.slots:
+        for name, _, master, adam in self.slots if state else ():
             master.data.copy_(state[name]["master"])
             adam.load_state_dict(state[name]["adam"])
 
@@ -786,8 +907,8 @@ def masked_mean(values, mask):
 def grade_rollouts(rollouts, problems):
     """Rewards [P, G] of rollouts whose B rows are prompt-major over the problems."""
     G = len(rollouts.texts) // len(problems)
-    rewards = grade(rollouts.texts, [p for p in problems for _ in range(G)], rollouts.finished)
-    return torch.tensor(rewards).view(len(problems), G)
+    rollouts.verdicts = judge(rollouts.texts, [p for p in problems for _ in range(G)], rollouts.finished)
+    return torch.tensor([REWARDS.get(verdict, 0.0) for verdict in rollouts.verdicts]).view(len(problems), G)
 
 
 def evaluate(model, tokenizer, problems, n, temperature=1.0, max_completion_length=8192, **sampling):
@@ -847,6 +968,25 @@ def kl_between(model, other, rollouts, micro_batch_tokens, temperature=1.0):
 RESUMABLE = ("max_steps", "save_", "eval_", "report_to", "micro_batch_tokens", "overwrite", "output_dir")
 
 
+# What goes wrong in training without an error: name -> (when, told from a step's metrics; what it means, what to try).
+FAULTS = {
+    "no signal": (lambda m: m.get("optimizer_steps") == 0 and not m["skipped_steps"],
+        "every group's rewards are all equal: nothing was learnt; take easier or harder --data, or prime with sft.py"),
+    "all truncated": (lambda m: m.get("truncated_share") == 1,
+        "no answer ended; raise --max_completion_length, or check that the chat template writes the model's end token"),
+    "log-prob gap": (lambda m: (m.get("logp_gap") or 0) > 0.05,  # nats per token; bf16 rounding gives about 0.01
+        "sampler and trainer disagree: what is trained is not what was sampled; try --dtype float32"),
+    "entropy collapse": (lambda m: m.get("entropy", 1) < 1e-3,
+        "samples hardly differ any more; go back to an earlier checkpoint, or lower --learning_rate"),
+    "vanishing updates": (lambda m: (m.get("updated_share") or 1) < 0.5,
+        "most are below the precision of the weights and change nothing; raise --learning_rate"),
+    "non-finite gradient": (lambda m: m.get("skipped_steps", 0) > 0,
+        "it updated nothing, and ten in a row end the run; lower --learning_rate, or try --dtype float32"),
+    "verifier": (lambda m: m.get("grader_timeouts", 0) + m.get("grader_errors", 0) > 0,
+        "answers that defeat it score 0: see grader_timeouts, grader_errors; --grade_timeout gives it more time"),
+}  # fmt: skip
+
+
 class Run:
     """One training run in --output_dir: data order, clock, logs, evaluations, checkpoints, resume.
 
@@ -855,7 +995,8 @@ class Run:
     """
 
     def __init__(self, args):
-        self.args, self.folder, self.stop_signal, self.warned = args, Path(args.output_dir), None, False
+        self.args, self.folder, self.stop_signal, self.faults = args, Path(args.output_dir), None, {}
+        verifier.seconds = args.grade_timeout
         if self.folder.is_dir() and Path(args.model).is_dir() and self.folder.samefile(args.model):
             raise UserError(f"--output_dir {self.folder}: is --model too; pass another folder")
         if step_of(self.folder) >= args.max_steps and not args.overwrite:
@@ -866,7 +1007,7 @@ class Run:
         foreign = [path for path in self.folder.glob("checkpoint-*") if path.suffix != ".tmp"]
         if not self.start and not args.overwrite and foreign:
             raise UserError(f"{foreign[0]}: not a whole checkpoint; --overwrite deletes it, --output_dir avoids it")
-        before = json.loads((self.folder / "args.json").read_text()) if self.start else {}
+        before = read_json(self.folder / "args.json") if self.start else {}
         for name, value in vars(args).items():
             if self.start and str(before.get(name)) != str(value) and not name.startswith(RESUMABLE):
                 remedy = "repeat its command to resume it, --overwrite it, or take another --output_dir"
@@ -891,8 +1032,11 @@ class Run:
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = Optimizer(self.model, args)
-        if self.start:
-            self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", "cpu", weights_only=True))
+        try:
+            state = torch.load(path / "optimizer.pt", "cpu", weights_only=True) if self.start else {}
+            self.optimizer.load_state_dict(state)
+        except Exception as error:  # of many kinds: missing, cut off, of another model, not a state at all
+            raise UserError(f"{path}/optimizer.pt: cannot be read ({str(error)[:80]}); delete {path} to go back")
         return self.model, self.tokenizer, self.optimizer
 
     def steps(self):
@@ -920,9 +1064,6 @@ class Run:
             self.stages, self.mark = {}, time.perf_counter()
             yield step, self.batch(step)
         self.bar.close()
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def interrupt(self, number, frame):
         """First SIGINT or SIGTERM: let the step finish (`save` then stops the run). Second: stop at once."""
@@ -941,8 +1082,8 @@ class Run:
 
     def lap(self, stage):
         """Charge the time since this step's last lap to `stage`."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
         now = time.perf_counter()
         self.stages[stage] = self.stages.get(stage, 0.0) + now - self.mark
         self.mark = now
@@ -954,8 +1095,13 @@ class Run:
 
     def record(self, step, metrics, shown=("loss",)):
         """Log a training step; show some of its metrics on the bar."""
-        clock = dict(seconds=sum(self.stages.values()), seconds_by_stage=self.stages, peak_memory_gb=peak_memory_gb())
+        memory = peak_memory_gb(self.model.device)
+        clock = dict(seconds=sum(self.stages.values()), seconds_by_stage=self.stages, peak_memory_gb=memory)
         self.write(dict(step=step, **metrics, **clock))
+        for name, (happens, remedy) in FAULTS.items():
+            if name not in self.faults and happens(metrics):
+                self.faults[name] = f"warning: {name} (first in step {step}): {remedy}"
+                tqdm.write(self.faults[name], file=sys.stderr)
         self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
         self.bar.update()
 
@@ -973,20 +1119,23 @@ class Run:
             answer |= dict(numbers=problems[p].numbers, target=problems[p].target) if problems[p].numbers else {}
             answers.append(answer | dict(advantage=None if advantages is None else advantages[p, g].item()))
         append_jsonl(self.folder / "completions.jsonl", answers)
+        names = dict(grader_timeouts="timeout", grader_errors="error", unparsable_golds="unparsable")
+        undecided = {name: rollouts.verdicts.count(verdict) for name, verdict in names.items()}
         metrics = dict(
             reward=rewards.mean().item(),
             **summary(rollouts, rewards),
             length_right=lengths[right].mean().item() if right.any() else None,
             length_wrong=lengths[~right].mean().item() if not right.all() else None,
             zero_variance_share=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+            **undecided,
             **metrics,
         )
-        if (metrics.get("logp_gap") or 0.0) > LOGP_GAP_TOLERANCE and not self.warned:
-            self.warned = True
-            tqdm.write("warning: sampler and trainer disagree, see logp_gap; try --dtype float32", file=sys.stderr)
         self.lap("bookkeeping")
         metrics["tokens_per_second"] = lengths.sum().item() / sum(self.stages.values())
         self.record(step, metrics, ("reward", "accuracy", "response_length", "entropy"))
+        if sum(undecided.values()) > self.args.max_grader_errors * len(answers):
+            remedy = "mend the golds of --data, raise --grade_timeout or --max_grader_errors"
+            raise UserError(f"step {step}: no verdict on too many of {len(answers)} answers, {undecided}; {remedy}")
 
     def evaluate(self, step):
         """Sampled and greedy accuracy on held-out problems and the KL to the starting model, into metrics.jsonl."""
@@ -1017,23 +1166,29 @@ class Run:
                 shutil.rmtree(path)
         if self.stop_signal:
             self.bar.close()
+            print(*self.faults.values(), sep="\n", file=sys.stderr)
             print(f"stopped after step {step}; the same command resumes from {self.folder}", file=sys.stderr)
             sys.exit(128 + self.stop_signal)
 
     def write_model(self, folder, step):
         """A `from_pretrained` folder with tokenizer, optimizer and the step after which it was written: whole or not at
-        all, since it gets its name only when everything is on the disk."""
+        all, since it gets its name only when everything is on the disk. Raises UserError if the disk is full, say."""
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(temporary)
-        self.tokenizer.save_pretrained(temporary)
-        torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
-        write_json(temporary / "trainer_state.json", {"step": step})
-        for path in filter(Path.is_file, temporary.rglob("*")):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        try:
+            self.model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
+            write_json(temporary / "trainer_state.json", {"step": step})
+            for path in (*filter(Path.is_file, temporary.rglob("*")), temporary):
+                sync(path)
+        except Exception as error:  # of many kinds, by the library that writes
+            shutil.rmtree(temporary, ignore_errors=True)
+            remedy = "free some space, then repeat the command to go on from the checkpoint before"
+            raise UserError(f"{folder}: cannot be written ({str(error)[:100]}); {remedy}")
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
+        sync(self.folder)
 
     def finish(self):
         """Model, tokenizer and optimizer into the run folder itself, then the curves."""
@@ -1044,7 +1199,12 @@ class Run:
                 shutil.rmtree(self.folder / path.name, ignore_errors=True)
             os.replace(path, self.folder / path.name)
         (self.folder / "final").rmdir()
+        sync(self.folder)
         draw_curves(self.folder)
+        with contextlib.suppress(ValueError):  # only now: a signal must not cut the writing
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print(*self.faults.values(), sep="\n", file=sys.stderr) if self.faults else None
         print(f"{self.folder}: model, metrics.jsonl, completions.jsonl, curves.png")
 
 
@@ -1056,7 +1216,15 @@ def step_seed(*parts):
 def step_of(folder):
     """The step after which a model folder was written whole; 0 for one that was not ('checkpoint-20.tmp', say)."""
     state = folder / "trainer_state.json"
-    return json.loads(state.read_text()).get("step", 0) if state.is_file() and folder.suffix != ".tmp" else 0
+    return read_json(state).get("step", 0) if state.is_file() and folder.suffix != ".tmp" else 0
+
+
+def read_json(path):
+    """The object in a JSON file of a run folder. Raises UserError."""
+    try:
+        return dict(json.loads(path.read_text()).items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); --overwrite trains again, --output_dir elsewhere")
 
 
 def jsonl(records):
@@ -1087,10 +1255,18 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def peak_memory_gb():
-    """Peak GPU memory of this process, or its peak resident memory where there is no GPU, in 10^9 bytes."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (torch.cuda.max_memory_allocated() or resident) / 1e9
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def peak_memory_gb(device):
+    """Peak memory of this process in 10^9 bytes: of the GPU it trains on, on CPU what was resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def reporter(args):

@@ -130,7 +130,7 @@ def main(args):
         for rows in common.micro_batches(rollouts, range(len(rollouts.ids)), args.micro_batch_tokens):
             mask = rollouts.mask[rows]
             logps, entropy = common.completion_logps(model, rollouts, rows, args.temperature)
-            old_logps[rows] = logps.detach()
+            old_logps[rows] = logps = logps.detach()  # for the log only, as entropy is in grpo.py
             run.lap("logps")
             token_sum = loss(entropy, mask)
             (token_sum / tokens).backward()

@@ -11,7 +11,8 @@ Every model answers every held-out problem n times; the answers are kept, and al
     entropy     nats per token, of the distribution sampled from
     KL          to the model the run started from, nats per token: mean of exp(x) - x - 1, x = logp_start - logp
 Means are over answers, then problems, then data sets (row 'mean'); of entropy and KL over all tokens of a data set. The
-95% bootstrap intervals of avg, pass and maj redraw problems: they say nothing about other training seeds.
+95% bootstrap intervals of avg, pass and maj redraw problems: they say nothing about other training seeds. --over_seeds
+does: runs whose names differ only in a last -NUMBER become one row, with the mean and its 95% t interval over runs.
 
 --logit_statistics: mean, standard deviation and skewness of the raw logits. Entropy minimization is said to raise the
 skewness, reinforcement learning to lower it (https://arxiv.org/abs/2505.20282).
@@ -66,15 +67,15 @@ def pass_at_k(n, c, k):
 
 
 def group_answers(answers):
-    """For each answer (text or None) the index of the first one equal to it; None for None.
+    """For each answer the index of the first one equal to it; None for '', which is none.
 
     Comparing is slow and not symmetric: a new text is compared with the first of each group, which takes gold's place.
     """
     groups = {}  # text -> index of the first of its group
     for i, answer in enumerate(answers):
-        if answer is not None and answer not in groups:
+        if answer and answer not in groups:
             firsts = dict.fromkeys(groups.values())
-            groups[answer] = next((j for j in firsts if common.same_answer(answers[j], answer)), i)
+            groups[answer] = next((j for j in firsts if common.verifier([(answers[j], answer)]) == ["right"]), i)
     return [groups.get(answer) for answer in answers]
 
 
@@ -138,6 +139,18 @@ def bootstrap(groups, seed=0, resamples=2000):
         drawn = torch.randint(len(group), (resamples, len(group)), generator=generator)
         means = means + torch.tensor(group, dtype=torch.float64)[drawn].mean(1) / len(groups)
     return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+# Two-sided 95% quantiles of Student's t for the interval of a mean of n values; of the normal distribution beyond.
+T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def mean_interval(values):
+    """(mean, [low, high]) of a few runs' values: the 95% t interval; [mean, mean] for a single run."""
+    n, mean = len(values), sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
+    half = T_QUANTILES.get(n, 1.96) * math.sqrt(variance / n)
+    return mean, [mean - half, mean + half]
 
 
 def gradient_variance(squares, rewards, lengths, mean_square):
@@ -343,7 +356,7 @@ def draw(entry, path, data, temperature, args, load):
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a last line cut off by a kill
     if not path.is_file() or not path.stat().st_size:
-        common.append_jsonl(path, [header])
+        common.append_jsonl(path, [header | dict(training_seconds=training_seconds(entry.path))])
         for name in PROBES:
             probe_file(path, name).unlink(missing_ok=True)
     check_header(path, header)
@@ -406,8 +419,7 @@ def measure(records, ks):
     values, totals = defaultdict(list), Counter()
     for record in records:
         rewards, lengths = grade_record(record), [len(ids) for ids in record["token_ids"]]
-        boxes = [common.last_boxed(text) if done else None for text, done in zip(record["texts"], record["finished"])]
-        groups = group_answers([box if box and len(box) <= 2000 else None for box in boxes])  # what common.grade reads
+        groups = group_answers([*map(common.gradable, record["texts"], record["finished"])])
         n, right = len(rewards), rewards.count(1.0)
         values[f"avg@{n}"].append(right / n)
         for k in ks:
@@ -434,6 +446,31 @@ def score(measured, seed):
         value = sum(totals[name] / totals["tokens"] for _, totals in measured) / len(measured)
         row[name] = None if math.isnan(value) else value
     return row
+
+
+def training_seconds(path):
+    """Time that a run spent in training steps, without evaluations and saving; None for a model that is no run."""
+    steps = [record["seconds"] for record in common.read_log(Path(path) / "metrics.jsonl") if "seconds" in record]
+    return sum(steps) if steps and path != str(common.EMBEDDED_MODEL) else None
+
+
+def experiment(label):
+    """The label of a run without its seed: grpo-0 -> grpo, em-1/best -> em/best."""
+    return re.sub(r"(?<!checkpoint)-\d+(?=/|$)", "", label)
+
+
+def over_seeds(results):
+    """Rows of one experiment -> one row: means, and intervals over runs instead of over problems."""
+    groups, rows = defaultdict(list), []
+    for row in results:
+        groups[experiment(row["model"]), row["data"], row["temperature"]].append(row)
+    for (model, *_), group in groups.items():
+        row = group[0] | dict(model=model, runs=len(group), intervals={})
+        for name in row.keys() - {"model", "data", "temperature", "samples", "problems", "runs", "intervals"}:
+            if None not in (values := [one[name] for one in group]):
+                row[name], row["intervals"][name] = mean_interval(values)
+        rows.append(row)
+    return rows
 
 
 PROBES = ("logit_statistics", "gradient_variance")
@@ -553,7 +590,7 @@ def draw_results(folder, labels, results, args):
 
 
 def draw_training(path, labels, runs):
-    """Training curves of runs (label -> run folder): accuracy, entropy, length and KL against steps."""
+    """Training curves (label -> run folders, averaged step by step): accuracy, entropy, length and KL against steps."""
     panels = []
     for ylabel, batch, held_out in (
         ("accuracy", "accuracy", "eval_accuracy"),
@@ -562,12 +599,15 @@ def draw_training(path, labels, runs):
         ("KL to the starting model (nats per token)", "", "kl_to_start"),
     ):
         faint, lines = {}, {}
-        for (label, run), (name, curves) in itertools.product(runs.items(), ((batch, faint), (held_out, lines))):
-            records = common.read_log(run / "metrics.jsonl")
-            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        for (label, folders), (name, curves) in itertools.product(runs.items(), ((batch, faint), (held_out, lines))):
+            points = defaultdict(list)  # step -> a value per run
+            for record in itertools.chain.from_iterable(common.read_log(run / "metrics.jsonl") for run in folders):
+                if record.get(name) is not None:
+                    points[record["step"]].append(record[name])
             if points:
-                curves[label] = list(zip(*points))
-        panels.append(("", "step", ylabel, {label: (*curve, None) for label, curve in (faint | lines).items()}, faint))
+                means, intervals = zip(*map(mean_interval, points.values()))
+                curves[label] = (list(points), means, intervals if curves is lines and len(folders) > 1 else None)
+        panels.append(("", "step", ylabel, faint | lines, {label: curve[:2] for label, curve in faint.items()}))
     draw_panels(path, labels, panels, note="marks: held-out problems at temperature 1; faint: training batches")
 
 
@@ -636,6 +676,7 @@ def parse(argv=None):
     add("--logit_statistics", action="store_true", help="also mean, sd, skewness and histogram of the raw logits")
     add("--gradient_variance", action="store_true", help="also the policy gradient's variance under four baselines")
     add("--probe_problems", type=int, default=16, help="problems for these two, of the first data, hottest")
+    add("--over_seeds", action="store_true", help="one row for the models whose names differ only in a last -NUMBER")
     add("--output_dir", default="runs/evaluation", help="folder of samples, results.json, results.md and figures")
     add("--seed", type=int, default=0, help="of sampling and of the bootstrap")
     for field in dataclasses.fields(common.RunArgs):
@@ -672,7 +713,7 @@ def main(args):
     (folder / "samples").mkdir(parents=True, exist_ok=True)
 
     # 1. Sample what is not there yet; then everything is computed from what is there.
-    measured, probed = {}, {name: {} for name in PROBES if getattr(args, name)}
+    measured, seconds, probed = {}, {}, {name: {} for name in PROBES if getattr(args, name)}
     for entry in entries:
         load = functools.cache(lambda path, s=entry.settings: common.load_model(path, s.device, s.dtype))
         for data, t in itertools.product(args.data, args.temperatures):
@@ -684,7 +725,8 @@ def main(args):
                 check_header(path, dict(num_samples=args.num_samples))
             else:
                 draw(entry, path, data, t, args, load)
-            measured[entry.label, data, t] = measure(read_samples(path, problem_limit(args, data))[1], args.ks)
+            header, records = read_samples(path, problem_limit(args, data))
+            measured[entry.label, data, t], seconds[entry.label] = measure(records, args.ks), header["training_seconds"]
             if not measured[entry.label, data, t][0]:
                 raise common.UserError(f"{path}: holds no answer yet; run this command without --rescore first")
             for name in probed if (data, t) == (args.data[0], args.temperatures[-1]) else ():
@@ -692,33 +734,41 @@ def main(args):
     results = []
     for t, data, entry in itertools.product(args.temperatures, sets, entries):
         figures = score([measured[entry.label, source, t] for source in sets[data]], args.seed)
+        figures["training_seconds"] = seconds[entry.label]
         results.append(dict(model=entry.label, data=data, temperature=t, samples=args.num_samples, **figures))
+    every_run, labels = results, [entry.label for entry in entries]
+    if args.over_seeds:
+        results, labels = over_seeds(results), list(dict.fromkeys(map(experiment, labels)))
 
     # 2. Tables: one on the screen, all in results.md.
     columns = {name: (name, 3) for name in (f"avg@{args.num_samples}", f"pass@{args.ks[-1]}", f"maj@{args.ks[-1]}")}
     columns |= {"length": ("response_length", 1), "truncated": ("truncated_share", 3), "entropy": ("entropy", 3)}
     columns |= {"KL": ("kl_to_start", 4), "Self-BLEU": ("self_bleu", 3), "Rep-5": ("repetition_5", 3)}
+    columns |= {"time (s)": ("training_seconds", 0)}
     tables = [results_table(results, columns)]
     for models in probed.values():
         names = [name for name in next(iter(models.values())) if name != "histogram"]
         rows = [[label, *(f"{found[name]:.4g}" for name in names)] for label, found in models.items()]
         tables.append(table([["model", *names], *rows]))
-    labels = [entry.label for entry in entries]
     counts = {label: [row["problems"] for row in results if row["model"] == label] for label in labels}
     tell_differences("different problems", {label: tuple(found) for label, found in counts.items()})
     asked = ", ".join(f"{count} problems of {data}" for data, count in zip(args.data, counts[labels[0]]))
-    print("\n".join(tables) + f"{asked}; ±: half of the 95% bootstrap interval over problems; more in {folder}")
+    interval = "t interval over runs" if args.over_seeds else "bootstrap interval over problems"
+    print("\n".join(tables) + f"{asked}; ±: half of the 95% {interval}; more in {folder}")
     every_k = {name: (name, 3) for kind in ("pass", "maj") for name in (f"{kind}@{k}" for k in args.ks)}
     tables.insert(1, results_table(results, every_k))
     (folder / "results.md").write_text("\n".join(tables), encoding="utf-8")
-    common.write_json(folder / "results.json", dict(command=vars(args), results=results, **probed))
+    merged = dict(over_seeds=results) if args.over_seeds else {}
+    common.write_json(folder / "results.json", dict(command=vars(args), results=every_run, **merged, **probed))
 
     # 3. Figures.
     draw_results(folder, labels, results, args)
     by_name = sorted(entries, key=lambda entry: entry.run == Path(entry.path))  # a run and its checkpoints: one curve
-    runs = {entry.run: entry.label for entry in by_name if entry.run}
+    runs = defaultdict(list)
+    for run, label in {entry.run: entry.label for entry in by_name if entry.run}.items():
+        runs[experiment(label) if args.over_seeds else label].append(run)
     if runs:
-        draw_training(folder / "training_curves.png", labels, {label: run for run, label in runs.items()})
+        draw_training(folder / "training_curves.png", labels, runs)
     if args.logit_statistics:
         draw_logits(folder / "logits.png", probed["logit_statistics"])
     if args.gradient_variance:

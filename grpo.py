@@ -160,6 +160,7 @@ def main(args):
             for rows in common.micro_batches(rollouts, minibatch_live, args.micro_batch_tokens):
                 mask = rollouts.mask[rows]
                 logps, entropy = common.completion_logps(model, rollouts, rows, args.temperature)
+                entropy = entropy.detach()  # for the log only: its graph would hold [tokens, V] through backward
                 if args.num_minibatches == 1:
                     old_logps[rows] = logps.detach()
                 ref_logps = None

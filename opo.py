@@ -109,6 +109,7 @@ def main(args):
         for rows in common.micro_batches(rollouts, live, args.micro_batch_tokens):
             mask = rollouts.mask[rows]
             logps, entropy = common.completion_logps(model, rollouts, rows, args.temperature)
+            entropy = entropy.detach()  # for the log only: its graph would hold [tokens, V] through backward
             old_logps[rows] = logps.detach()
             run.lap("logps")
             token_sum = loss(logps, A_rows[rows], mask)

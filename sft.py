@@ -366,7 +366,7 @@ def main(args):
         model.train()
         tokens, total = batch.mask.sum(), 0.0
         for rows in common.micro_batches(batch, range(len(trajectories)), args.micro_batch_tokens):
-            logps, _ = common.completion_logps(model, batch, rows, temperature=1.0)
+            logps = common.completion_logps(model, batch, rows, temperature=1.0)[0]
             value = loss(logps, batch.mask[rows]) / tokens
             value.backward()
             total += value.item()

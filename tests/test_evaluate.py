@@ -61,16 +61,14 @@ def test_pass_at_k_needs_as_many_samples_as_it_draws(k):
 
 def test_answers_are_grouped_as_they_are_graded():
     """Different texts of one number are one answer; a missing one is none, not a group of its own."""
-    answers = ["\\frac{1}{2}", None, "2", "0.5", "2", "2.0", None, "3"]
+    answers = ["\\frac{1}{2}", "", "2", "0.5", "2", "2.0", "", "3"]
     assert evaluate.group_answers(answers) == [0, None, 2, 0, 2, 2, None, 7]
 
 
 def test_the_first_of_a_group_takes_the_place_of_the_gold_answer(monkeypatch):
-    """same_answer is not symmetric; and every pair is asked at most once, because asking is slow."""
+    """The verifier is not symmetric; and every pair is asked at most once, because asking is slow."""
     asked = []
-    monkeypatch.setattr(
-        common, "same_answer", lambda gold, answer: asked.append((gold, answer)) or (gold, answer) == ("a", "A")
-    )
+    monkeypatch.setattr(common, "verifier", lambda p: asked.extend(p) or ["right" if p == [("a", "A")] else "wrong"])
     assert evaluate.group_answers(["a", "b", "A", "b", "A", "a"]) == [0, 1, 0, 1, 0, 0]
     assert asked == [("a", "b"), ("a", "A")]
 
@@ -531,8 +529,8 @@ def test_a_plain_model_has_no_start_and_a_checkpoint_has_that_of_its_run(world, 
     curves = []
     monkeypatch.setattr(evaluate, "draw_training", lambda path, labels, runs: curves.append(runs))
     rows = rows_of(evaluation(world, models=["base", "runs/a/checkpoint-1", "runs/a"]))
-    assert list(rows) == ["base", "a/checkpoint-1", "a"] and curves == [{"a": world / "runs" / "a"}]
-    assert rows["base"]["kl_to_start"] is None and capsys.readouterr().out.splitlines()[2].count("| - ") == 1
+    assert list(rows) == ["base", "a/checkpoint-1", "a"] and curves == [{"a": [world / "runs" / "a"]}]
+    assert rows["base"]["kl_to_start"] is None and capsys.readouterr().out.splitlines()[2].count("| - ") == 2  # no time
     assert 0 < rows["a/checkpoint-1"]["kl_to_start"] != rows["a"]["kl_to_start"]
 
 
@@ -800,3 +798,40 @@ def test_bad_input_ends_with_one_line_and_status_2(world, tmp_path, capsys, word
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_the_interval_over_seeds_is_students():
+    """Three runs with the normal quantile give an interval less than half as wide as it is."""
+    mean, (low, high) = evaluate.mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and high - mean == pytest.approx(mean - low) == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert evaluate.mean_interval([5.0]) == (5.0, [5.0, 5.0])
+
+
+@pytest.mark.parametrize(
+    "label, name",
+    [("grpo-0", "grpo"), ("em_16-12", "em_16"), ("em-1/best", "em/best"), ("grpo-2/checkpoint-20", "grpo/checkpoint-20"),
+     ("Qwen3-4B", "Qwen3-4B"), ("embedded", "embedded")],
+)  # fmt: skip
+def test_runs_of_one_experiment_differ_in_their_last_number(label, name):
+    """Averaging two checkpoints of one run, or two models, as if they were seeds gives a number about nothing."""
+    assert evaluate.experiment(label) == name
+
+
+def test_seeds_become_one_row(run_folder, model_folder, monkeypatch, capsys):
+    """Mean over runs, interval over runs, curves of all of them; what the single runs gave stays in results.json."""
+    curves = []
+    monkeypatch.setattr(evaluate, "draw_training", lambda path, labels, runs: curves.append((labels, runs)))
+    shutil.copytree(run_folder, "bupo-0")
+    shutil.copytree(run_folder, "bupo-1")
+    options = ["--over_seeds", "--num_samples", "2", "--ks", "1", "2", "--num_problems", "4", "--output_dir", "out"]
+    data = json.loads((run_folder / "args.json").read_text())["data"]
+    evaluate.main(evaluate.parse([str(model_folder), "bupo-0", "bupo-1", *options, "--data", data]))
+    found = json.loads(Path("out/results.json").read_text())
+    assert [row["model"] for row in found["over_seeds"]] == ["trained", "bupo"]
+    assert [row["model"] for row in found["results"]] == ["trained", "bupo-0", "bupo-1"]
+    row, runs = found["over_seeds"][1], found["results"][1:]
+    for name in ("avg@2", "entropy", "training_seconds"):
+        assert row[name] == pytest.approx(sum(run[name] for run in runs) / 2)
+    assert row["runs"] == 2 and row["intervals"]["entropy"] == [row["entropy"]] * 2  # the same seed: no spread
+    assert "t interval over runs" in capsys.readouterr().out
+    assert curves[0][0] == ["trained", "bupo"] and curves[0][1]["bupo"] == [Path("bupo-0"), Path("bupo-1")]

@@ -124,18 +124,16 @@ def test_lists_of_unequal_length_are_a_bug():
     ["{" * 50 + "}" * 50, r"\frac{1}{" * 200 + "1" + "}" * 200, "1" * 1990, "1" * 10**5, "\x00", "%", "\\", r"\frac"],
     ids=["braces", "fractions", "digits", "long", "zero_byte", "comment", "backslash", "bare_frac"],
 )
-def test_hostile_answers_score_zero(answer, monkeypatch):
+def test_hostile_answers_score_zero(answer):
     """A model writes anything. What the verifier cannot digest scores 0 and takes no other answer with it."""
-    monkeypatch.setattr(common, "alarm_seconds", lambda: 1)  # nested braces run into it
     start = time.perf_counter()
     texts = [r"\boxed{3}", f"\\boxed{{{answer}}}", r"\boxed{3}"]
     assert common.grade(texts, [common.Problem("?", "3")] * 3) == [1.0, 0.0, 1.0]
     assert time.perf_counter() - start < 5
 
 
-def test_an_answer_that_would_take_for_ever_is_given_up(monkeypatch):
+def test_an_answer_that_would_take_for_ever_is_given_up():
     """9^9^9^9 in a box asks the verifier for a number with more digits than there are atoms. A wall limit ends it."""
-    monkeypatch.setattr(common, "alarm_seconds", lambda: 2)
     start = time.perf_counter()
     tower = r"\boxed{9^{9^{9^{9}}}}"
     assert common.grade([tower, r"\boxed{3}", tower, tower], [common.Problem("?", "3")] * 4) == [0.0, 1.0, 0.0, 0.0]

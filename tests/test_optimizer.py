@@ -28,14 +28,15 @@ def flat(tensors):
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
-def test_small_updates_survive_bf16():
+@pytest.mark.parametrize("optimizer_device", ["", "cpu"])
+def test_small_updates_survive_bf16(optimizer_device):
     """A bf16 weight of 0.02 plus 1e-6 is the same weight: without fp32 masters the reward just stays flat."""
     start = tiny_model().bfloat16()
     for parameter in start.parameters():
         parameter.data.mul_(0.1)  # as small as the weights of a real model
     models = {name: copy.deepcopy(start) for name in ("masters", "naive", "fp32")}
     models["fp32"].float()
-    ours = optimizer_for(models["masters"], learning_rate=1e-6)
+    ours = optimizer_for(models["masters"], learning_rate=1e-6, optimizer_device=optimizer_device)
     plain = {name: torch.optim.AdamW(models[name].parameters(), 1e-6, weight_decay=0.0) for name in ("naive", "fp32")}
     for step in range(50):
         for model in models.values():

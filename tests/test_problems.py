@@ -1,5 +1,7 @@
 """Problems: the built-in task, JSONL files in all their shapes, prompts as tokens, and the order of training."""
 
+import json
+import random
 import re
 
 import pytest
@@ -107,6 +109,62 @@ def test_labels_may_be_missing_where_none_is_needed(tmp_path):
     assert [p.answer for p in common.load_problems(path, labels=False)] == ["", "3"]
     with pytest.raises(common.UserError, match="data.jsonl:1: no gold answer"):
         common.load_problems(path)
+
+
+def damaged(generator):
+    """A data file with up to two accidents: lost, doubled and foreign bytes, changed types, glued lines."""
+    rows = [
+        {"problem": "1+2?", "answer": "3"},
+        {"question": "é?", "final_answer": 4},
+        {"prompt": "x", "solution": "\\boxed{5}"},
+    ]
+    text = bytearray("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows * 2).encode())
+    values = [
+        None,
+        [],
+        {},
+        "",
+        True,
+        1e999,
+        -0.0,
+        10**30,
+        [{"role": "user", "content": "?"}],
+        [[]],
+        {"role": 1},
+        "\ud800",
+    ]
+    for _ in range(generator.randint(0, 2)):
+        place, accident = generator.randrange(len(text)), generator.randrange(5)
+        if accident == 0:
+            del text[place : place + generator.randint(1, 30)]
+        elif accident == 1:
+            text[place:place] = generator.randbytes(generator.randint(1, 4))
+        elif accident == 2:
+            text[place:place] = generator.choice(
+                [b"\n", b"\r", b"\0", b"[" * 3000, b'"', b"{", b"}", b"\\", b"\xff\xfe"]
+            )
+        elif accident == 3:
+            text += (
+                json.dumps({generator.choice(["problem", "answer", "x"]): generator.choice(values)}) + "\n"
+            ).encode()
+        else:
+            row = {"problem": generator.choice(values), "answer": generator.choice(values)}
+            text += (json.dumps(row) + "\n").encode()
+    return bytes(text)
+
+
+@pytest.mark.parametrize("n", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_fuzzed_files_are_read_or_named(n, tmp_path, tokenizer):
+    """Every file on earth ends up as somebody's --data: it is read, or one line names it; nothing else may happen."""
+    generator, path, good = random.Random(n), tmp_path / "data.jsonl", 0
+    for _ in range(n):
+        path.write_bytes(damaged(generator))
+        try:
+            problems = common.load_problems(str(path), system_prompt=generator.choice(["", "Think."]))
+            good += len(common.tokenize_problems(tokenizer, problems, 1000)) > 0
+        except common.UserError as error:
+            assert str(path) in str(error)
+    assert 0.05 * n < good < 0.95 * n  # both happen
 
 
 def test_byte_order_mark_is_named_or_read(tmp_path):

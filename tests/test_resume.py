@@ -2,16 +2,18 @@
 
 import importlib
 import json
+import multiprocessing.forkserver
+import os
+import random
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, arguments, command_line, read_jsonl, write_jsonl
+from conftest import ROOT, arguments, read_jsonl, write_jsonl
 from safetensors.torch import load_file
 
 import bupo
@@ -230,21 +232,130 @@ def test_checkpoints_beyond_the_limit_go(model_folder, data):
     assert sorted(path.name for path in Path("run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment(model_folder, data):
-    """SIGKILL, ten times at growing delays, then a last start: the same run as without."""
-    paths = dict(model=model_folder, data=data, eval_data=data)
-    numbers = dict(max_steps=40, num_prompts=6, num_generations=4, max_completion_length=10, learning_rate=1e-3)
-    numbers |= dict(internal_layer=1, internal_steps=20, save_steps=1, eval_steps=10)
-    options = command_line(**paths, **numbers)
-    for attempt in range(10):
-        process = subprocess.Popen([sys.executable, ROOT / "bupo.py", *options, "--output_dir", "cut"])
-        time.sleep(5 + 0.37 * attempt)
+def train(options):
+    """Run in a process of its own, to be killed."""
+    common.draw_curves = lambda folder: None
+    bupo.main(options)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts `train` in a fresh process within milliseconds: forked from a server that has everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_resume"])
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("PYTHONPATH", str(ROOT / "tests"))  # where the server, a fresh process, finds this file
+        multiprocessing.forkserver.ensure_running()
+    return lambda options: context.Process(target=train, args=(options,))
+
+
+def saving(folder, seconds):
+    """Wait until a checkpoint is being written, at most so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not list(Path(folder).glob("*.tmp/*")):
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(kills, model_folder, data, processes):
+    """SIGKILL at random moments of twelve steps, in both phases, and while a checkpoint is being written: after the
+    last start weights, metrics and answers are those of the run that nobody touched."""
+
+    def start(folder):
+        options = dict(max_steps=12, internal_steps=6, num_prompts=4, eval_steps=4, save_total_limit=2)
+        process = processes(settings(bupo, model_folder, data, output_dir=str(folder), **options))
+        process.start()
+        return process
+
+    begin = time.monotonic()
+    start("whole").join()
+    duration, generator = time.monotonic() - begin, random.Random(kills)
+    for kill in range(kills):
+        process = start(f"cut{kill}")
+        time.sleep(generator.uniform(0, duration))
+        if kill % 2:
+            saving(f"cut{kill}", duration)
         process.kill()
-        process.wait()
-    for folder in ("cut", "whole"):
-        subprocess.run([sys.executable, ROOT / "bupo.py", *options, "--output_dir", folder], check=True)
+        process.join()
+        process = start(f"cut{kill}")
+        process.join()
+        assert process.exitcode == 0
+        assert_same(f"cut{kill}", "whole")
+        assert not list(Path(f"cut{kill}").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("room", [1000, 200_000])
+def test_a_full_disk_costs_no_checkpoint(room, model_folder, data, monkeypatch, capsys):
+    """No file may grow beyond `room` bytes: the new checkpoint fails in its weights or in its optimizer; the old one
+    must stay, nothing half-written may, and the user reads one line."""
+    grpo.main(settings(grpo, model_folder, data, output_dir="whole"))
+    with monkeypatch.context() as m:
+        stop_after(2, m)
+        with pytest.raises(SystemExit):
+            grpo.main(settings(grpo, model_folder, data, output_dir="cut"))
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    logs = max(Path(f"cut/{name}.jsonl").stat().st_size for name in ("metrics", "completions"))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max(room, 4 * logs), hard))
+        with pytest.raises(SystemExit) as end, common.one_line_errors():
+            grpo.main(settings(grpo, model_folder, data, output_dir="cut"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert end.value.code == 2 and "cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in Path("cut").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    grpo.main(settings(grpo, model_folder, data, output_dir="cut"))
     assert_same("cut", "whole")
+
+
+def test_a_full_disk_while_logging_is_one_line(capsys):
+    """The log is written at every step: mostly it, not the checkpoint, meets the full disk first."""
+    with pytest.raises(SystemExit) as end, common.one_line_errors():
+        common.append_jsonl("/dev/full", [{"step": 1}])
+    assert end.value.code == 2 and "No space left" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named(name, model_folder, data, monkeypatch):
+    """Bytes that rotted, or a copy that stopped: the file at fault and what to do, no traceback, nothing deleted."""
+    with monkeypatch.context() as m:
+        stop_after(2, m)
+        with pytest.raises(SystemExit):
+            grpo.main(settings(grpo, model_folder, data))
+    path = Path(f"run/checkpoint-2/{name}")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(common.UserError, match=f"checkpoint-2/{name}: cannot be read"):
+        grpo.main(settings(grpo, model_folder, data))
+    assert path.exists()
+
+
+def test_a_second_signal_stops_at_once(model_folder, data, monkeypatch):
+    """A step of a large model takes minutes: who presses Ctrl-C twice does not want to wait for it."""
+    real_sample = common.sample
+
+    def sample(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        return real_sample(*args, **kwargs)
+
+    monkeypatch.setattr(common, "sample", sample)
+    with pytest.raises(SystemExit) as end:
+        grpo.main(settings(grpo, model_folder, data, eval_steps=0))
+    assert end.value.code == 143 and not list(Path("run").glob("checkpoint-*"))
+
+
+def test_a_signal_while_the_final_model_is_written_does_not_cut_it(model_folder, data, monkeypatch):
+    """The last step is done and its model is being written: a signal now must not lose it."""
+    real_rename = os.rename
+
+    def rename(source, target):
+        if Path(target).name == "final":
+            signal.raise_signal(signal.SIGTERM)
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    grpo.main(settings(grpo, model_folder, data, save_steps=0))
+    assert common.step_of(Path("run")) == 4
 
 
 def test_extending_a_finished_run_keeps_it_until_the_new_one_is_whole(model_folder, data, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL, TOKENIZER, arguments, command_line, read_jsonl, run_script, tiny_model, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import bupo
 import common
@@ -224,6 +224,9 @@ MISTAKES = [
     ("grpo.py", {"chat_template_kwargs": "thinking"}, "--chat_template_kwargs"),
     ("grpo.py", {"chat_template_kwargs": "[1]"}, "--chat_template_kwargs"),
     ("grpo.py", {"num_generations": "1"}, "--num_generations"),
+    ("grpo.py", {"delta": "1"}, "--delta"),  # the dual clip would cut the policy's own ratio
+    ("grpo.py", {"grade_timeout": "0"}, "--grade_timeout"),
+    ("grpo.py", {"optimizer_device": "gpu"}, "--optimizer_device"),
     ("grpo.py", {"num_minibatches": "3"}, "--num_minibatches"),
     ("bupo.py", {"internal_layer": "3"}, "--internal_layer"),
     ("bupo.py", {"internal_layer": "-1"}, "--internal_layer"),
@@ -233,11 +236,14 @@ MISTAKES = [
     ("grpo.py", {"data": "missing.jsonl"}, "missing.jsonl"),
     ("grpo.py", {"eval_data": "missing.jsonl", "eval_steps": "1"}, "missing.jsonl"),
     ("grpo.py", {"data": "broken.jsonl"}, "broken.jsonl:1"),
+    ("grpo.py", {"data": "binary.jsonl"}, "binary.jsonl:1"),
+    ("grpo.py", {"data": "huge.jsonl"}, "--max_prompt_length"),
     ("sft.py", {"data": "broken.jsonl"}, "broken.jsonl:1"),
     ("grpo.py", {"model": "missing/folder"}, "missing/folder"),
     ("grpo.py", {"model": "empty"}, "empty"),
     ("grpo.py", {"model": "no_tokenizer"}, "tokenizer"),
     ("grpo.py", {"model": "cut_off"}, "cut_off"),
+    ("grpo.py", {"model": "gpt2"}, "GPT2LMHeadModel"),  # another architecture
     ("grpo.py", {"output_dir": "file"}, "file"),
     ("sft.py", {"output_dir": "file"}, "file"),
     ("bupo.py", {"output_dir": "file/run"}, "file/run"),
@@ -256,9 +262,13 @@ def test_a_mistake_ends_with_one_line(script, wrong, named, model_folder, data, 
     Path("file").write_text("")
     Path("empty").mkdir()
     Path("broken.jsonl").write_text('{"text": "1+2=3"}\n')
+    Path("binary.jsonl").write_bytes(bytes(range(256)) * 40)
+    Path("huge.jsonl").write_text(json.dumps({"problem": "1+" * 10**6, "answer": "1"}))
     for name in ("no_tokenizer", "cut_off"):
         tiny_model().save_pretrained(name)
-    TOKENIZER.save_pretrained("cut_off")
+    GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=1)).save_pretrained("gpt2")
+    for name in ("cut_off", "gpt2"):
+        TOKENIZER.save_pretrained(name)
     (Path("cut_off") / "model.safetensors").write_bytes((Path("cut_off") / "model.safetensors").read_bytes()[:1000])
     trajectories = write_jsonl(Path("trajectories.jsonl"), [{"prompt": "1", "response": "2"}] * 9)
     before = sorted(Path().rglob("*"))

@@ -122,7 +122,7 @@ def test_the_plumbing_stays_small():
 
     The aim is 600 lines of code. This holds what has been reached so far: lower it, never raise it.
     """
-    assert len(code_lines("common.py")) <= 745
+    assert len(code_lines("common.py")) <= 690
 
 
 @pytest.mark.parametrize("name", FILES)
