@@ -791,9 +791,10 @@ def parse(argv=None):
     add("--every", type=int, default=10, help="steps that are averaged into one point")
 
     argv = sys.argv[1:] if argv is None else argv
-    given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0] if argv[1:] else None
-    if given and given.command != "behaviours" and common.is_embedded(given.model):
-        made[given.command].set_defaults(**EMBEDDED)
+    if not {"-h", "--help"} & set(argv):
+        given = parser.parse_known_args(argv)[0]
+        if given.command != "behaviours" and common.is_embedded(given.model):
+            made[given.command].set_defaults(**EMBEDDED)
     args = parser.parse_args(argv)
     lowest = dict(num_samples=1, layers=0, answer=0, points=2, span=1e-9, answer_tokens=1, every=1)
     for name, low in lowest.items():

@@ -534,6 +534,13 @@ def test_a_bad_completions_file_is_named_with_its_line(folder, tmp_path, row, wo
     assert f"{path}:2" in str(error.value) or not row
 
 
+@pytest.mark.parametrize("options", [[], *([name] for name in ("descent", "landscape", "prune", "behaviours"))])
+def test_help_needs_nothing_else(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        trajectory.parse([*options, "--help"])
+    assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
 def test_a_user_error_is_one_line_and_exit_status_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["analyze_trajectory.py", "behaviours", "nowhere"])
     with pytest.raises(SystemExit) as stop:
