@@ -285,9 +285,15 @@ def on_grid(nll):
 
 
 def first_to_know(nll):
-    """[L + 1, n] -> per column the lowest block that gives the answer's tokens more than 1/2 each (geometric mean), so
-    a loss below ln 2; None where no block does. The whole policy, the last row, does not count."""
-    return [next((k for k, value in enumerate(column[:-1]) if value < math.log(2)), None) for column in nll.T.tolist()]
+    """[L + 1, n] -> per column the lowest block from which on all blocks and the whole policy, the last row, give the
+    answer's tokens more than 1/2 each (geometric mean): a loss below ln 2. None where no block does."""
+    found = []
+    for column in nll.T.tolist():
+        k = len(column)
+        while k > 0 and column[k - 1] < math.log(2):
+            k -= 1
+        found.append(k if k < len(column) - 1 else None)
+    return found
 
 
 def descent(args):
@@ -601,9 +607,9 @@ def descent_table(curves, classes, layers):
         low, median, high = c["relative_change"]
         lines.append(f"{name:12}{c['tokens']:8d}{median:16.3f}{f'{low:.3f} to {high:.3f}':>20}{c['falls']:12.0%}")
     if layers:
-        known = [k for k in layers["first_to_know"] if k is not None]
-        lowest = f"block {min(known)}" if known else "none"
-        lines.append(f"\ntrajectory {layers['shown']}: lowest block that knows the answer anywhere: {lowest}")
+        k = layers["first_to_know"][-1]
+        known = "no block knows the answer" if k is None else f"the answer is known from block {k} on"
+        lines.append(f"\nat the end of trajectory {layers['shown']} {known}")
     return "\n".join(lines)
 
 
@@ -628,9 +634,9 @@ def draw_descent(curves, args):
             colour, line = KINDS[kind]
             axis.plot(share, median, line, color=colour, markevery=5, label=f"{kind} ({curve['trajectories']})")
             axis.fill_between(share, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=titles[name], xlabel="thinking read (% of its tokens)", ylim=(0, None))
+        axis.set(title=titles[name], xlabel="thinking read (% of its tokens)")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("loss of the gold answer (nats per token)\nmedian and quartiles")
+    axes[0][0].set(ylabel="loss of the gold answer (nats per token)\nmedian and quartiles", ylim=(0, None))
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -663,7 +669,8 @@ def draw_layers(layers, row, args):
     figure, axes = panels(2, 1, max(8, 3 + 0.3 * len(tokens)) if wide else 13, 2 + 0.44 * (L + 1))
     for axis, values in zip(axes[:, 0], (layers["map"], layers["typical"])):
         # Logarithmic: the raw stream of a wrong layer is wrong by tens of nats. Dark knows the answer, in grey, too.
-        image = axis.imshow(values, aspect="auto", origin="lower", norm=LogNorm(0.01, 30), cmap="viridis")
+        shades = torch.tensor(values).clamp(min=0.01)  # 0 has no logarithm
+        image = axis.imshow(shades, aspect="auto", origin="lower", norm=LogNorm(0.01, 30), cmap="viridis")
         axis.set_yticks(range(L + 1), [*(f"block {k}" for k in range(L)), "whole policy"], fontsize=8)
         for t, k in enumerate(first_to_know(torch.tensor(values))):
             if k is not None:
@@ -677,7 +684,7 @@ def draw_layers(layers, row, args):
     if wide:
         spelt = ["\u2205", *(piece.replace("\n", "\u23ce").replace(" ", "\u2423")[:8] for piece in tokens)]
         axes[0][0].set_xticks(range(len(spelt)), spelt, family="monospace", fontsize=8)
-    title = f"median of {layers['typical_of']} right trajectories; white: lowest block with a loss below ln 2"
+    title = f"median of {layers['typical_of']} right trajectories; white line: from there on all below ln 2"
     axes[1][0].set(title=title, xlabel="thinking read (% of its tokens)")
     axes[1][0].set_xticks(range(0, GRID, 10), [f"{100 * i // (GRID - 1)}" for i in range(0, GRID, 10)])
     return figure

@@ -210,9 +210,9 @@ def test_curves_of_all_lengths_start_and_end_together():
         assert abs(points[trajectory.GRID // 2] - T / 2) <= 0.5
 
 
-def test_first_to_know_is_a_block():
-    nll = torch.tensor([[3.0, 0.1, 0.70], [0.5, 2.0, 0.70], [0.1, 0.1, 0.1]])
-    assert trajectory.first_to_know(nll) == [1, 0, None]  # in the last column only the whole policy does
+def test_first_to_know_is_a_block_that_no_later_one_contradicts():
+    columns = [[3.0, 0.5, 0.1], [0.1, 0.2, 0.3], [0.1, 2.0, 0.1], [0.7, 0.7, 0.1], [0.5, 0.5, 3.0]]
+    assert trajectory.first_to_know(torch.tensor(columns).T) == [1, 0, None, None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
