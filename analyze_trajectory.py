@@ -669,7 +669,7 @@ def draw_layers(layers, row, args):
     figure, axes = panels(2, 1, max(8, 3 + 0.3 * len(tokens)) if wide else 13, 2 + 0.44 * (L + 1))
     for axis, values in zip(axes[:, 0], (layers["map"], layers["typical"])):
         # Logarithmic: the raw stream of a wrong layer is wrong by tens of nats. Dark knows the answer, in grey, too.
-        shades = torch.tensor(values).clamp(min=0.01)  # 0 has no logarithm
+        shades = torch.tensor(values).clamp(min=0.01).tolist()  # 0 has no logarithm
         image = axis.imshow(shades, aspect="auto", origin="lower", norm=LogNorm(0.01, 30), cmap="viridis")
         axis.set_yticks(range(L + 1), [*(f"block {k}" for k in range(L)), "whole policy"], fontsize=8)
         for t, k in enumerate(first_to_know(torch.tensor(values))):

@@ -43,8 +43,8 @@ def test_every_target_can_be_reached(split, small):
 @VARIANTS
 def test_splits_share_no_task(small):
     """Neither another seed nor another order of the same numbers may bring a held-out task into training."""
-    train = {task(p) for seed in (0, 1) for p in countdown("train", 3000, seed, small)}
-    test = {task(p) for seed in (0, 1) for p in countdown("test", 300, seed, small)}
+    train = {task(p) for seed in (0, 1) for p in countdown("train", 1500, seed, small)}
+    test = {task(p) for seed in (0, 1) for p in countdown("test", 150, seed, small)}
     assert len(train) > 1000 and len(test) > 100 and not train & test
 
 
