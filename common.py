@@ -14,6 +14,7 @@ Every [B, T] tensor of a rollout is aligned with `ids`: column t belongs to toke
 this token come out of column t-1, so a forward pass over ids[:, :-1] scores the targets ids[:, 1:].
 """
 
+import ast
 import contextlib
 import errno
 import functools
@@ -34,6 +35,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -106,8 +108,8 @@ class RunArgs:
     """Options of every training script. Each script's `Args` adds its own, with the paper's values."""
 
     model: str = option("embedded", "'embedded' (tiny, built on first use), a local folder, or a hub id")
-    data: str = option("arithmetic", "'arithmetic', FILE.jsonl, hf://datasets/OWNER/NAME/FILE.jsonl, or a hub data set")
-    eval_data: str = option("", "held-out problems, as --data; '': the held-out split of arithmetic, else none")
+    data: str = option("arithmetic", "countdown, countdown-small, FILE.jsonl, hf://datasets/OWNER/NAME/FILE.jsonl, hub")
+    eval_data: str = option("", "held-out problems, as --data; '': the held-out split of built-in data, else none")
     system_prompt: str = option(SYSTEM_PROMPT, "system message before every problem; '' for none")
     chat_template_kwargs: str = option('{"enable_thinking": false}', "JSON object for the tokenizer's chat template")
     max_prompt_length: int = option(1024, "tokens; longer prompts are dropped and listed")
@@ -183,6 +185,8 @@ class Problem:
     answer: str
     where: str = ""  # its source, for messages: file and line
     ids: list[int] | None = None  # prompt tokens, set once by `tokenize_problems`
+    numbers: list[int] | None = field(default=None, kw_only=True)  # of Countdown: combined, each once, ...
+    target: int = field(default=0, kw_only=True)  # ... to this; `answer` is one way to do it
 
 
 def arithmetic(split, n, seed=0):
@@ -248,11 +252,14 @@ def problem_from_row(where, row, labels=True):
 def load_problems(source, split="train", limit=0, system_prompt="", labels=True):
     """Problems of `source` as a list.
 
-    source: 'arithmetic'; a .jsonl file; hf://datasets/OWNER/NAME/FILE.jsonl; or a hub data set (needs `datasets`).
-    limit: the first so many; 0 for all (arithmetic: 4096). system_prompt: goes before every problem that has none.
+    source: 'arithmetic', 'countdown' or 'countdown-small'; a .jsonl file; hf://datasets/OWNER/NAME/FILE.jsonl; or a hub
+    data set (needs `datasets`).
+    limit: the first so many; 0 for all (built-in: 4096). system_prompt: goes before every problem that has none.
     labels=False lets rows without answer through: theirs is '', which no completion matches.
     Raises UserError for a source that is missing, empty or malformed, and for rows without problem or answer.
     """
+    if source in ("countdown", "countdown-small"):
+        return countdown(split, limit or 4096, small=source != "countdown")  # its prompt says itself how to answer
     if source == "arithmetic":
         problems = arithmetic(split, limit or 4096)
     else:
@@ -421,6 +428,9 @@ class Verifier:
 verifier = Verifier()
 
 
+REWARDS = {"right": 1.0, "well-formed": 0.1}  # of verdicts; 0 for every other
+
+
 def gradable(text, finished=True):
     """What counts of an answer: its last complete box, if it is finished and holds at most 2,000 characters; else ''.
 
@@ -431,17 +441,94 @@ def gradable(text, finished=True):
 
 
 def judge(texts, problems, finished=None):
-    """Verdicts, one per text: 'right', 'wrong', or what kept the verifier from one ('unparsable' gold, 'timeout',
-    'error'). Three lists of equal length; an unfinished answer (cut at the length limit) is wrong."""
+    """Verdicts, one per text: 'right', 'wrong', in Countdown 'well-formed', or what kept the verifier from a verdict
+    ('unparsable' gold, 'timeout', 'error'). Three lists of equal length; an unfinished answer (cut at the length limit)
+    is wrong."""
     finished = [True] * len(texts) if finished is None else finished
     answers = [(p.answer, gradable(text, done)) for text, p, done in zip(texts, problems, finished, strict=True)]
-    verdicts = iter(verifier([pair for pair in answers if all(pair)]))
-    return [next(verdicts) if all(pair) else "wrong" for pair in answers]
+    asks = [all(pair) and not p.numbers for pair, p in zip(answers, problems)]
+    verdicts = iter(verifier([pair for pair, ask in zip(answers, asks) if ask]))
+    found = [next(verdicts) if ask else "wrong" for ask in asks]
+    for i, p in enumerate(problems):
+        if p.numbers and finished[i]:
+            score = score_countdown(texts[i], p.numbers, p.target)
+            found[i] = {1.0: "right", 0.1: "well-formed"}.get(score, "wrong")
+    return found
 
 
 def grade(texts, problems, finished=None):
-    """Rewards, one per text: 1.0 for a right answer, else 0.0. Arguments as in `judge`."""
-    return [float(verdict == "right") for verdict in judge(texts, problems, finished)]
+    """Rewards, one per text: 1.0 for a right answer, 0.1 for a well-formed one in Countdown, else 0.0. Arguments as in
+    `judge`."""
+    return [REWARDS.get(verdict, 0.0) for verdict in judge(texts, problems, finished)]
+
+
+# Countdown: problems and scores ---------------------------------------------------------------------------------------
+
+BUILT_IN = ("arithmetic", "countdown", "countdown-small")
+
+COUNTDOWN_PROMPT = (  # in the style of R1-Zero: think first, then answer, each between its tags
+    "Make {target} of the numbers {numbers}, each used exactly once, by + - * / and parentheses. Think between <think> "
+    "and </think>; then give only the expression between <answer> and </answer>, as in <answer>(1 + 2) * 3</answer>."
+)
+OPERATORS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__}
+OPERATORS[ast.Div] = Fraction.__truediv__
+
+
+def combine(numbers, generator, operators="+-*/"):
+    """A random expression that uses every number once, all of whose intermediate values are integers above 0 ->
+    (value, text), such as (37, '(8*5)-3')."""
+    terms = [(number, str(number)) for number in numbers]
+    while len(terms) > 1:
+        generator.shuffle(terms)
+        (a, left), (b, right), *terms = terms
+        values = {"+": a + b, "-": a - b, "*": a * b, "/": 0 if a % b else a // b}
+        sign = generator.choice([sign for sign in operators if values[sign] > 0])
+        terms.append((values[sign], f"({left}{sign}{right})"))
+    return terms[0][0], terms[0][1][1:-1]
+
+
+def countdown(split, n, seed=0, small=False):
+    """n problems that can be solved: 3 or 4 numbers of 1..99, target 10..100, answer between tags; small: 3 numbers of
+    1..9, no division, target 1..50, prompt '3 5 8=37', answer in a box, and fewer than n where there are no more.
+
+    split: 'train' or 'test'. A hash of the sorted numbers and the target decides, so the two are disjoint whatever the
+    seed and the order of the numbers.
+    """
+    generator, problems, in_vain = random.Random(f"countdown-{split}-{seed}"), {}, 0
+    low, high, largest, signs = (1, 50, 9, "+-*") if small else (10, 100, 99, "+-*/")
+    while len(problems) < n and in_vain < 5000:
+        numbers = [generator.randint(1, largest) for _ in range(3 if small else generator.choice((3, 4)))]
+        target, answer = combine(numbers, generator, signs)
+        held_out = hashlib.sha256(f"{sorted(numbers)} {target}".encode()).digest()[0] < 32  # one in eight
+        spelt, in_vain = " ".join(map(str, numbers)), in_vain + 1
+        prompt = f"{spelt}={target}" if small else COUNTDOWN_PROMPT.format(numbers=spelt, target=target)
+        if held_out == (split == "test") and low <= target <= high and prompt not in problems:
+            in_vain = 0
+            where = f"countdown {split} {len(problems)}"
+            problems[prompt] = Problem(prompt, answer, where, numbers=numbers, target=target)
+    return list(problems.values())
+
+
+def score_countdown(text, numbers, target):
+    """1.0 if the text's last <answer>, or else its last box, is an expression that uses every number exactly once and
+    has the value target; 0.1 for any other expression of numbers, + - * / and parentheses; 0.0 for anything else."""
+    _, tag, answer = text.rpartition("</answer>")[0].rpartition("<answer>")
+    answer = (answer if tag else last_boxed(text) or "").strip()
+    used = re.findall("[0-9]+", answer)
+
+    def value(node):  # lets binary operators and numbers through: no name, call, power, sign or attribute
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        return OPERATORS[type(node.op)](value(node.left), value(node.right))
+
+    # Short and of few characters: nothing can nest deeply, grow or be a name, even before it is parsed.
+    if len(answer) > 100 or re.search(r"[^-+*/() 0-9]|[0-9]{7}", answer):
+        return 0.0
+    try:
+        right = value(ast.parse(answer, mode="eval").body) == target and sorted(map(int, used)) == sorted(numbers)
+    except (SyntaxError, AttributeError, KeyError, ZeroDivisionError):
+        return 0.0
+    return 1.0 if right else 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -751,7 +838,8 @@ class Optimizer:
                 master.grad = parameter.grad.to(master.device, torch.float32).mul_(scale)
                 adam.param_groups[0]["lr"] = adam.param_groups[0]["lr"] if learning_rate is None else learning_rate
                 some = slice(0, None, 1 + master.numel() // 1024)  # does an update survive rounding? some entries tell
-                before, pulled = master.data.flatten()[some].clone(), master.grad.flatten()[some] != 0
+                before = master.data.flatten()[some].clone()
+                pulled = (master.grad.flatten()[some] != 0) & (adam.param_groups[0]["lr"] > 0)
                 adam.step()
                 changed = (master.data.flatten()[some] != before) & pulled
                 self.moved.append(torch.stack([changed.sum(), pulled.sum()]))
@@ -794,7 +882,7 @@ def grade_rollouts(rollouts, problems):
     """Rewards [P, G] of rollouts whose B rows are prompt-major over the problems."""
     G = len(rollouts.texts) // len(problems)
     rollouts.verdicts = judge(rollouts.texts, [p for p in problems for _ in range(G)], rollouts.finished)
-    return torch.tensor([float(verdict == "right") for verdict in rollouts.verdicts]).view(len(problems), G)
+    return torch.tensor([REWARDS.get(verdict, 0.0) for verdict in rollouts.verdicts]).view(len(problems), G)
 
 
 def evaluate(model, tokenizer, problems, n, temperature=1.0, max_completion_length=8192, **sampling):
@@ -861,7 +949,7 @@ FAULTS = {
         "sampler and trainer disagree: what is trained is not what was sampled; try --dtype float32"),
     "entropy collapse": (lambda m: m.get("entropy", 1) < 1e-3,
         "samples hardly differ any more; go back to an earlier checkpoint, or lower --learning_rate"),
-    "vanishing updates": (lambda m: (m.get("updated_share") or 1) < 0.5,
+    "vanishing updates": (lambda m: m.get("updated_share") is not None and m["updated_share"] < 0.5,
         "most are below the precision of the weights and change nothing; raise --learning_rate"),
     "non-finite gradient": (lambda m: m.get("skipped_steps", 0) > 0,
         "it updated nothing, and ten in a row end the run; lower --learning_rate, or try --dtype float32"),
@@ -905,7 +993,7 @@ class Run:
         limits = args.max_prompt_length, json.loads(args.chat_template_kwargs)
         problems = problems or load_problems(args.data, "train", 0, args.system_prompt)
         self.problems = tokenize_problems(self.tokenizer, problems, *limits)
-        self.eval_problems, eval_data = [], args.eval_data or (args.data if args.data == "arithmetic" else "")
+        self.eval_problems, eval_data = [], args.eval_data or (args.data if args.data in BUILT_IN else "")
         if eval_data and args.eval_steps:
             problems = load_problems(eval_data, "test", args.eval_problems, args.system_prompt)
             self.eval_problems = tokenize_problems(self.tokenizer, problems, *limits)
@@ -992,6 +1080,7 @@ class Run:
             prompt = problems[p].prompt if isinstance(problems[p].prompt, str) else problems[p].prompt[-1]["content"]
             answer = dict(step=step, problem=prompt, text=text, answer=last_boxed(text), gold=problems[p].answer)
             answer |= dict(reward=rewards[p, g].item(), length=int(lengths[i]), finished=bool(rollouts.finished[i]))
+            answer |= dict(numbers=problems[p].numbers, target=problems[p].target) if problems[p].numbers else {}
             answers.append(answer | dict(advantage=None if advantages is None else advantages[p, g].item()))
         append_jsonl(self.folder / "completions.jsonl", answers)
         names = dict(grader_timeouts="timeout", grader_errors="error", unparsable_golds="unparsable")

@@ -315,7 +315,7 @@ def tell_differences(what, values):
 
 def problem_limit(args, data):
     """How many problems of a data set are used, the first so many; 0 for all."""
-    return args.num_problems if args.num_problems is not None else 256 if data == "arithmetic" else 0
+    return args.num_problems if args.num_problems is not None else 256 if data in common.BUILT_IN else 0
 
 
 def read_samples(path, limit=0):
@@ -392,6 +392,7 @@ def draw(entry, path, data, temperature, args, load):
             if start is not None:
                 kl = common.kl_between(model, start, part, s.micro_batch_tokens, temperature or 1.0)
             record = dict(problem=index, prompt=problem.prompt, gold=problem.answer, prompt_ids=problem.ids)
+            record |= dict(numbers=problem.numbers, target=problem.target) if problem.numbers else {}
             record["texts"] = rollouts.texts[rows]
             record["token_ids"] = [ids[mask.bool()].tolist() for ids, mask in zip(part.ids, part.mask)]
             record["finished"] = rollouts.finished[rows].tolist()
@@ -408,7 +409,8 @@ def draw(entry, path, data, temperature, args, load):
 
 def grade_record(record):
     """The rewards of a record's answers."""
-    problem = common.Problem(record["prompt"], record["gold"])
+    countdown = {name: record[name] for name in ("numbers", "target") if name in record}
+    problem = common.Problem(record["prompt"], record["gold"], **countdown)
     return common.grade(record["texts"], [problem] * len(record["texts"]), record["finished"])
 
 
@@ -467,6 +469,7 @@ def over_seeds(results):
         for name in row.keys() - {"model", "data", "temperature", "samples", "problems", "runs", "intervals"}:
             if None not in (values := [one[name] for one in group]):
                 row[name], row["intervals"][name] = mean_interval(values)
+        row["intervals"] = row["intervals"] if len(group) > 1 else {}  # one run has no spread
         rows.append(row)
     return rows
 
@@ -665,7 +668,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("models", nargs="+", help="run folders, checkpoints, model folders, hub ids, or 'embedded'")
     add("--data", nargs="+", help="held-out problems, as for the training scripts (default if embedded: arithmetic)")
-    add("--num_problems", type=int, help="the first so many of each data set; 0: all (default: arithmetic 256, else 0)")
+    add("--num_problems", type=int, help="the first so many of each data set; 0: all (default: 256 if built in)")
     add("--num_samples", type=int, default=32, help="answers per problem (n)")
     add("--ks", type=int, nargs="+", help="k of pass@k and maj@k, at most n (default: those of 1 2 4 8 16 32)")
     add("--temperatures", type=float, nargs="+", default=[1.0], help="of sampling, one or several; 0 is greedy")

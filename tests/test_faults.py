@@ -113,11 +113,13 @@ def test_a_full_gpu_is_one_line_that_names_the_option(place, option, model_folde
 
 def test_the_share_of_surviving_updates():
     """At a step far below a weight's last bit nothing moves, and the log must say so instead of going on in silence."""
-    for learning_rate, share in ((1e-3, 1.0), (1e-12, 0.0)):
+    for learning_rate, share in ((1e-3, 1.0), (1e-12, 0.0), (0.0, None)):  # at 0 nothing is meant to move
         model = torch.nn.Linear(40, 40, bias=False)
         torch.nn.init.uniform_(model.weight, 0.5, 1.0)
         optimizer = common.Optimizer(model, grpo.Args(learning_rate=learning_rate))
         model(torch.ones(1, 40)).sum().backward()
         optimizer.step()
-        assert optimizer.summary()["updated_share"] == share
-        assert optimizer.summary()["updated_share"] is None
+        summary = optimizer.summary()
+        assert summary["updated_share"] == share
+        assert common.FAULTS["vanishing updates"][0](summary) == (share == 0.0)
+        assert optimizer.summary()["updated_share"] is None  # of no update

@@ -1,0 +1,550 @@
+"""Along the trajectory: the probe against one forward pass per position, what must not leak, weights that come back,
+behaviours against hand labels, and the commands."""
+
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOKENIZER, read_jsonl, tiny_model, write_jsonl
+
+import analyze_trajectory as trajectory
+import common
+from analyze_trajectory import answer_nll, count_behaviours
+
+FAMILIES = pytest.mark.parametrize("family, tied", [("qwen3", True), ("qwen2", True), ("llama", False)])
+
+
+def random_ids(n, seed=0):
+    return torch.randint(6, len(TOKENIZER), (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# Prompt, thinking, and a branch of two cue tokens, three answer tokens and a closing one that does not count.
+PROMPT, THINKING, BRANCH, MASK = random_ids(5, 1), random_ids(11, 2), random_ids(6, 3), [0, 0, 1, 1, 1, 0]
+
+
+@torch.no_grad()
+def one_pass_per_position(model, prompt, thinking, branch, mask, norm=False):
+    """The loss under every block and the whole policy by the plain formula, in double precision -> [L + 1, T + 1]."""
+    model, columns, last = model.double(), [], {}
+    handle = model.model.layers[-1].register_forward_hook(lambda module, inputs, output: last.update(raw=output))
+    for i in range(len(thinking) + 1):
+        output = model(torch.tensor([prompt + thinking[:i] + branch]), output_hidden_states=True)
+        streams = [*output.hidden_states[1:-1], last["raw"]]  # the last of hidden_states is normed already
+        logits = [model.lm_head(model.model.norm(stream) if norm else stream) for stream in streams] + [output.logits]
+        start = len(prompt) + i
+        answer = [start + j for j, counts in enumerate(mask) if counts]
+        columns.append(
+            [-sum(z.log_softmax(-1)[0, t - 1, branch[t - start]] for t in answer) / len(answer) for z in logits]
+        )
+    handle.remove()
+    model.float()
+    return torch.tensor(columns).T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The probe
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@FAMILIES
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_probe_is_one_forward_pass_per_position(family, tied, norm):
+    """A position id off by one, a branch that sees a token too many or too few, a layer read before or after its block,
+    an answer mask shifted by one: each moves some number by far more than 1e-4."""
+    model = tiny_model(family, tied)
+    expected = one_pass_per_position(model, PROMPT, THINKING, BRANCH, MASK, norm)
+    found = answer_nll(model, PROMPT, THINKING, BRANCH, MASK, layers=True, norm=norm)
+    assert found.shape == (5, len(THINKING) + 1)
+    assert (found - expected).abs().max() < 1e-4
+    assert (answer_nll(model, PROMPT, THINKING, BRANCH, MASK) - expected[-1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 20, 10**6])
+def test_chunks_of_branches_change_nothing(chunk_tokens):
+    """How many branches share a pass is about memory only. What one left in the cache would show in the next."""
+    model = tiny_model()
+    expected = answer_nll(model, PROMPT, THINKING, BRANCH, MASK, layers=True)
+    found = answer_nll(model, PROMPT, THINKING, BRANCH, MASK, True, False, chunk_tokens)
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "thinking, branch, mask",
+    [([], BRANCH, MASK), (THINKING, BRANCH[:1], [1]), (THINKING, BRANCH, [1] * 6), (THINKING[:1], BRANCH[:2], [1, 0])],
+)
+def test_the_probe_at_its_edges(thinking, branch, mask):
+    """No thinking; no cue, so that the thinking's own last token predicts the answer's first; one answer token."""
+    model = tiny_model()
+    expected = one_pass_per_position(model, PROMPT, thinking, branch, mask)
+    assert (answer_nll(model, PROMPT, thinking, branch, mask, layers=True) - expected).abs().max() < 1e-4
+
+
+def test_a_prefix_knows_nothing_of_what_follows():
+    """Otherwise the answer would be 'known' before it was thought of."""
+    model, j = tiny_model(), 6
+    changed = [*THINKING[:j], TOKENIZER.vocab_size - 1, *THINKING[j + 1 :]]
+    before, after = (answer_nll(model, PROMPT, ids, BRANCH, MASK) for ids in (THINKING, changed))
+    assert (before[: j + 1] - after[: j + 1]).abs().max() < 1e-5  # prefixes 0..j do not hold token j
+    assert (before[j + 1 :] - after[j + 1 :]).abs().min() > 1e-4
+
+
+def test_the_model_is_left_as_it_was(monkeypatch):
+    model = tiny_model()
+    norm = model.model.norm
+    answer_nll(model, PROMPT, THINKING, BRANCH, MASK)
+    assert model.model.norm is norm
+    monkeypatch.setattr(common, "token_logps", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        answer_nll(model, PROMPT, THINKING, BRANCH, MASK)
+    assert model.model.norm is norm
+
+
+def test_the_thinking_runs_through_the_model_once():
+    """P + T tokens for the trunk, S - 1 for each of the T + 1 branches, and none twice."""
+    model, tokens = tiny_model(), []
+    handle = model.model.layers[0].register_forward_hook(
+        lambda module, inputs, output: tokens.append(inputs[0].shape[1])
+    )
+    answer_nll(model, PROMPT, THINKING, BRANCH, MASK)
+    handle.remove()
+    assert sum(tokens) == len(PROMPT + THINKING) + (len(THINKING) + 1) * (len(BRANCH) - 1)
+
+
+def test_ten_times_faster_than_one_pass_per_position():
+    """200 tokens of thinking. Measured: about 30 times (tests/bench_descent.py for larger models and longer cues)."""
+    model, thinking = tiny_model(), random_ids(200)
+
+    @torch.no_grad()
+    def plain():
+        for i in range(201):
+            ids = torch.tensor([PROMPT + thinking[:i] + BRANCH])
+            hidden = common.hidden_states(model, ids[:, :-1], torch.ones_like(ids[:, :-1]))
+            common.token_logps(model, hidden[:, -3:], ids[:, -3:])
+
+    def seconds(function):
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+
+    def once():
+        answer_nll(model, PROMPT, thinking, BRANCH, MASK)
+
+    assert seconds(plain) > 10 * min(seconds(once) for _ in range(3))
+
+
+def test_a_sliding_window_is_refused():
+    """Its cache has forgotten the tokens that a branch at the beginning needs."""
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    with pytest.raises(common.UserError, match="sliding"):
+        answer_nll(model, PROMPT, THINKING, BRANCH, MASK)
+
+
+def test_unrelated_prefixes_in_one_batch():
+    """Padding must not shift positions, and the cue must not count."""
+    model = tiny_model()
+    expected = one_pass_per_position(model, PROMPT, THINKING, BRANCH, MASK)[-1]
+    prefixes = [PROMPT + THINKING, PROMPT, PROMPT + THINKING[:4]]
+    for budget in (1, 10**6):
+        found = trajectory.direct_nll(model, prefixes, [BRANCH] * 3, [MASK] * 3, budget)
+        assert (found - expected[[-1, 0, 4]]).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cue, thinking, token classes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_closing_brace_counts_and_the_cue_does_not():
+    ids, mask = trajectory.spell_cue(TOKENIZER, ";\\boxed{ANSWER}", "27")
+    assert [TOKENIZER.decode([i]) for i in ids] == [";", "\\boxed{", "2", "7", "}"]
+    assert mask == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("1+2=3;\\boxed{3}", "1+2=3;"),
+        ("\\boxed{4}, no: \\boxed{3}", "\\boxed{4}, no: "),  # only the last one is the answer
+        ("\\boxed{3}", ""),
+        ("1+2=3;", "1+2=3;"),
+        ("a</think>so \\boxed{3}", "a"),
+        ("2+1<answer>2+1</answer>", "2+1"),
+    ],
+)
+def test_thinking_ends_before_the_answer(text, expected):
+    """One token of the answer in the prefix, and the loss at 100% says nothing any more."""
+    ids = TOKENIZER(text)["input_ids"]
+    found = trajectory.make_trajectory(TOKENIZER, common.Problem("1+2=", "3"), ids, True)
+    assert "".join(found.pieces) == expected and found.ids == ids[: len(found.pieces)]
+
+
+def test_token_classes_of_english_and_of_the_notation():
+    pieces = ["So", " x", " =", " ", "4", ".", " Wait", ",", " hold", " on", ": ", "3", ".", "5", "\n"]
+    names = ["inference", "other", "operator", "result", "result", "delimiter", "reflection", "delimiter"]
+    names += ["reflection", "reflection", "delimiter", "number", "other", "number", "delimiter"]
+    assert trajectory.token_classes(pieces) == names
+    found = dict(zip("abcdefghijklm", trajectory.token_classes(list("7+5=12?12-5=7~<9"))))
+    assert list(found.values()) == (
+        ["number", "operator", "number", "operator", "result", "result", "reflection"]
+        + ["number", "number", "operator", "number", "operator", "result"]
+    )
+    assert trajectory.token_classes(list("~<9-4")) == ["reflection", "inference", "number", "operator", "number"]
+    assert trajectory.token_classes(["", "a"]) == ["other", "other"]
+
+
+def test_relative_changes_leave_out_what_is_settled():
+    """A loss of 1e-9 that becomes 1e-6 is no change by a factor of 1000: that is how means of ratios explode."""
+    found = trajectory.relative_changes([(list("1+;"), [2.0, 1.0, 1e-9, 1e-6]), (list("2"), [1.0, 3.0])])
+    assert found == {"number": [-0.5, 2.0], "operator": [pytest.approx(-1.0)]}
+    assert trajectory.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == [2.0, 3.0, 4.0]
+
+
+def test_curves_of_all_lengths_start_and_end_together():
+    for T in (1, 2, 40, 41, 300):
+        points = trajectory.on_grid(torch.arange(T + 1.0))
+        assert len(points) == trajectory.GRID and points[0] == 0 and points[-1] == T
+        assert abs(points[trajectory.GRID // 2] - T / 2) <= 0.5
+
+
+def test_first_to_know_is_a_block_that_no_later_one_contradicts():
+    columns = [[3.0, 0.5, 0.1], [0.1, 0.2, 0.3], [0.1, 2.0, 0.1], [0.7, 0.7, 0.1], [0.5, 0.5, 3.0]]
+    assert trajectory.first_to_know(torch.tensor(columns).T) == [1, 0, None, None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Landscape
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_weights_come_back_bit_for_bit(tied, dtype):
+    """Adding a direction and taking it off again does not do it: rounding stays, in bf16 a lot of it."""
+    model = tiny_model(tied=tied).to(dtype)
+    before, seen = weights(model), []
+    trajectory.on_plane(model, [-1.0, 0.3], lambda: seen.append(weights(model)))
+    assert all(torch.equal(before[name], after) for name, after in weights(model).items())
+    for name, weight in before.items():
+        moved = any(not torch.equal(weight, there[name]) for there in seen)
+        assert moved != ("embed_tokens" in name or "lm_head" in name)
+
+    def fail():
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        trajectory.on_plane(model, [1.0], fail)
+    assert all(torch.equal(before[name], after) for name, after in weights(model).items())
+
+
+def test_directions_have_the_norm_of_what_they_move_and_depend_on_the_seed():
+    model = tiny_model()
+    before = weights(model)
+
+    def moves(seed):
+        [[a]] = trajectory.on_plane(model, [1.0], lambda: {n: p - before[n] for n, p in weights(model).items()}, seed)
+        return a
+
+    first = moves(0)
+    for name, step in first.items():
+        if "embed_tokens" not in name and step.numel() > 100:  # at right angles, nearly: sqrt(2) times the norm
+            assert 1.2 < step.norm() / before[name].norm() < 1.6
+    assert all(torch.equal(step, again) for step, again in zip(first.values(), moves(0).values()))
+    assert not torch.equal(first["model.norm.weight"], moves(1)["model.norm.weight"])
+    assert trajectory.on_plane(model, [0.0], lambda: all(torch.equal(p, before[n]) for n, p in weights(model).items()))[
+        0
+    ][0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prune
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("27};\\boxed{3}", "\\boxed{27}"),
+        ("\\frac{1}{2}} or so", "\\boxed{\\frac{1}{2}}"),
+        ("2 and on and", "\\boxed{2 and on and"),
+        ("", "\\boxed{"),
+    ],
+)
+def test_only_the_first_complete_answer_counts(text, expected):
+    """A model that is not stopped writes on, and its next box is not the answer that it was asked for."""
+    assert trajectory.complete_answer("\\boxed{", text) == expected
+
+
+def test_answers_come_from_the_beginning_of_the_thinking(monkeypatch):
+    asked = []
+
+    def sample(model, tokenizer, prompts, n, length, temperature):
+        asked.extend(prompts)
+        assert (n, temperature) == (1, 0.0)
+        return common.Rollouts(None, None, None, None, texts=["3}", "4};\\boxed{7}"])
+
+    monkeypatch.setattr(common, "sample", sample)
+    problems = [common.Problem("", "3", ids=[7]), common.Problem("", "7", ids=[8, 9])]
+    found = [trajectory.Trajectory(p, [1, 2, 3, 4, 5], [], True) for p in problems]
+    args = trajectory.parse(["prune", "embedded", "--cue", "\\boxed{ANSWER}"])
+    assert trajectory.answer_from(None, TOKENIZER, found, [[1, 2], [1]], args) == [1.0, 0.0]
+    [cue] = TOKENIZER("\\boxed{")["input_ids"]
+    assert asked == [[7, 1, 2, cue], [8, 9, 1, cue]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Behaviours
+# ---------------------------------------------------------------------------------------------------------------------
+
+# 100 hand-labelled snippets: `exact`, in the notation, labelled with counts; `written_with`, English at hand when the
+# patterns were written; `held_out`, English written afterwards, for which no pattern was changed.
+SNIPPETS = read_jsonl(Path(__file__).parent / "behaviour_snippets.jsonl")
+
+
+def precision_and_recall(part):
+    """Of 'this snippet shows this behaviour', over the snippets of a part and the four behaviours."""
+    pairs = []
+    for row in (row for row in SNIPPETS if row["part"] == part):
+        found = count_behaviours(row["text"])
+        pairs += [(found[name] > 0, name in row["labels"]) for name in trajectory.BEHAVIOURS]
+    hits = pairs.count((True, True))
+    return hits / (hits + pairs.count((True, False))), hits / (hits + pairs.count((False, True)))
+
+
+def test_behaviours_in_english_are_found_as_often_as_measured():
+    """Measured: precision and recall 0.98 and 0.96 on `written_with`, 1.00 and 0.90 on `held_out`. The held-out part is
+    worded as reasoning models tend to word things; with a freer choice of words recall is lower, about a third on the
+    snippets of `written_with` before patterns were added for them. Counts in English are lower bounds."""
+    assert len(SNIPPETS) == 100
+    precision, recall = precision_and_recall("written_with")
+    assert precision >= 0.95 and recall >= 0.93
+    precision, recall = precision_and_recall("held_out")
+    assert precision >= 0.95 and recall >= 0.85
+
+
+@pytest.mark.parametrize("row", [row for row in SNIPPETS if row["part"] == "exact"], ids=lambda row: row["text"][:30])
+def test_behaviours_in_the_notation_are_counted_exactly(row):
+    assert {name: count for name, count in count_behaviours(row["text"]).items() if count} == row["labels"]
+
+
+def test_counting_survives_any_text():
+    """Quadratic patterns would stop an evaluation at the first answer that loops."""
+    start = time.process_time()
+    for text in (
+        "",
+        "\0",
+        "?" * 10**5,
+        "wait, " * 10**4,
+        "to get 5 " * 10**4,
+        "7+" * 10**5,
+        "let me " * 10**4,
+        "<" * 10**5,
+    ):
+        assert set(count_behaviours(text)) == set(trajectory.BEHAVIOURS)
+    assert time.process_time() - start < 5
+
+
+def answers(*counts):
+    """Rows of completions.jsonl: (step, text, reward)."""
+    return [dict(step=step, text=text, reward=reward, length=len(text)) for step, text, reward in counts]
+
+
+def test_behaviours_over_steps(tmp_path):
+    """Steps are averaged in bins that end at a multiple of --every; an answer cut off by a kill is left out."""
+    rows = answers((1, "1+1=2?2-1=1;", 1.0), (10, "2", 0.0), (11, "~~", 0.1), (12, "1+1=2", 1.0))
+    path = write_jsonl(tmp_path / "completions.jsonl", rows)
+    path.write_text(path.read_text() + '{"step": 12, "te')
+    first, second = trajectory.read_behaviours(tmp_path, 10)
+    assert (first["step"], first["answers"], first["accuracy"], first["length"]) == (10, 2, 0.5, 6.5)
+    assert (first["verification"], first["verification_share"], first["subgoal_setting"]) == (0.5, 0.5, 0.5)
+    assert (second["step"], second["accuracy"], second["backtracking"], second["backtracking_share"]) == (
+        12,
+        0.5,
+        1,
+        0.5,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_main(*options):
+    trajectory.main(trajectory.parse(list(map(str, options))))
+    return json.loads(Path(f"runs/trajectory/{options[0]}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model of the embedded kind."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(embedded=True, num_hidden_layers=2).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+COMPLETIONS = [
+    dict(problem="1+2+3+4=", text="1+2=3;3+3=6;6+4=10;\\boxed{10}", gold="10", reward=1.0, notes="6+4=10;"),
+    dict(problem="1+2+3-4=", text="1+2=3;3+3=5;5-4=1;\\boxed{1}", gold="2", reward=0.0, notes="2"),
+    dict(problem="1+1+1+1=", text="\\boxed{4}", gold="4", notes=""),  # graded here, without any thinking
+]
+
+
+@pytest.fixture
+def completions(tmp_path):
+    return write_jsonl(tmp_path / "completions.jsonl", COMPLETIONS)
+
+
+def assert_figures(*names):
+    import matplotlib.image
+
+    for name in names:
+        pixels = matplotlib.image.imread(f"runs/trajectory/{name}.png")
+        assert min(pixels.shape[:2]) > 300 and pixels.std() > 0.02  # large enough to read, and not blank
+
+
+def test_descent_command(folder, completions, capsys):
+    """Its numbers are those of the probe, for the gold answer, with the right cue in front."""
+    result = run_main("descent", folder, "--completions", completions)
+    rows = result["trajectories"]
+    assert [row["right"] for row in rows] == [True, False] and "1 answer without thinking" in capsys.readouterr().out
+    model, _ = common.load_model(str(folder))
+    for row in rows:
+        assert len(row["nll"]) == len(row["nll_cut_short"]) == len(row["tokens"]) + 1
+    prompt = common.encode(TOKENIZER, COMPLETIONS[1]["problem"])
+    thinking, branch = (TOKENIZER(text)["input_ids"] for text in ("1+2=3;3+3=5;5-4=1;", ";\\boxed{2}"))
+    expected = answer_nll(model, prompt, thinking, branch, [0, 0, 1, 1])  # the GOLD answer, also where another came
+    assert rows[1]["nll_cut_short"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert set(result["curves"]["nll"]) == {"right", "wrong"} and "delimiter" in result["classes"]
+    layers = result["layers"]
+    assert len(layers["map"]) == 3 and layers["map"][-1] == pytest.approx(rows[0]["nll"], abs=1e-5)
+    assert len(layers["first_to_know"]) == len(rows[0]["nll"])
+    assert_figures("descent", "classes", "layers")
+
+
+def test_descent_of_sampled_trajectories(model_folder, data):
+    options = ("--data", data, "--max_completion_length", 10, "--end_of_thinking", "", "--layers", 0)
+    result = run_main("descent", model_folder, *options)
+    assert set(result["curves"]) == {"nll"} and result["layers"] is None
+    assert all(row["tokens"] == list("so ") for row in result["trajectories"])
+
+
+def test_landscape_command(model_folder, data):
+    options = ("--data", data, "--max_completion_length", 10, "--points", 3)
+    result = run_main("landscape", model_folder, *options)
+    assert result["offsets"] == [-1, 0, 1]
+    for surface in result["surfaces"].values():  # a trained model sits in a valley
+        assert surface[1][1] == min(min(row) for row in surface)
+    assert_figures("landscape")
+
+
+def test_prune_command(model_folder, data, completions):
+    result = run_main("prune", model_folder, "--completions", completions, "--percent", 50, 100, "--summary", "notes")
+    assert [row["kept"] for row in result["rows"]] == ["50%", "100%", "summary"]
+    tokens = [row["tokens"] for row in result["rows"]]
+    assert tokens == [pytest.approx((10 + 9 + 0) / 3), pytest.approx((19 + 18 + 0) / 3), pytest.approx((7 + 1) / 3)]
+    assert result["own_accuracy"] == pytest.approx(2 / 3)
+    result = run_main("prune", model_folder, "--data", data, "--max_completion_length", 10, "--percent", 0)
+    assert 0.2 < result["rows"][0]["accuracy"] <= 1  # it knows nothing but 3 and 7, and half the answers are either
+    assert_figures("prune")
+
+
+def test_behaviours_command(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "completions.jsonl", answers((1, "?1=1;", 1.0), (25, "Wait, no.", 0.0)))
+    result = run_main("behaviours", "a", "b", "--every", 5)
+    assert list(result["runs"]) == ["a", "b"] and [row["step"] for row in result["runs"]["a"]] == [1, 25]
+    assert result["runs"]["b"][1]["backtracking"] > 0
+    assert "1.00 (100%)" in capsys.readouterr().out
+    assert_figures("behaviours")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can go wrong
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("", "arguments are required"),
+        ("descend embedded", "descend"),
+        ("descent no/such/folder --data arithmetic", "no/such/folder"),
+        ("descent MODEL --data missing.jsonl", "missing.jsonl"),
+        ("descent MODEL --completions missing.jsonl", "missing.jsonl"),
+        ("descent MODEL --data arithmetic --completions x.jsonl", "not allowed with"),
+        ("descent MODEL --num_samples 0", "--num_samples"),
+        ("descent MODEL --layers -1", "--layers"),
+        ("descent MODEL --cue boxed", "--cue"),
+        ("descent MODEL --nonsense", "--nonsense"),
+        ("descent MODEL --temperature 0", "--temperature"),
+        ("descent MODEL --completions rows.jsonl --answer 2", "--answer"),
+        ("descent MODEL --completions bare.jsonl", "no trajectory has any thinking"),
+        ("descent some/model", "--data"),
+        ("landscape MODEL --points 1", "--points"),
+        ("landscape MODEL --span nan", "--span"),
+        ("landscape MODEL --completions bare.jsonl", "no trajectory is right"),
+        ("prune MODEL --percent 101", "--percent"),
+        ("prune MODEL --summary notes", "--summary"),
+        ("prune MODEL --completions rows.jsonl --summary abstract", "rows.jsonl:1: no abstract"),
+        ("behaviours", "required"),
+        ("behaviours nowhere", "nowhere/completions.jsonl"),
+        ("behaviours empty", "holds no answer"),
+        ("behaviours broken", "broken/completions.jsonl:2"),
+        ("behaviours empty --every 0", "--every"),
+        ("behaviours empty --output_dir a_file", "--output_dir"),
+    ],
+)
+def test_a_bad_command_is_told_in_one_line(folder, tmp_path, options, words):
+    (tmp_path / "a_file").touch()
+    write_jsonl(tmp_path / "rows.jsonl", COMPLETIONS)
+    write_jsonl(tmp_path / "bare.jsonl", [dict(problem="1+1=", text="\\boxed{2}", gold="2")])
+    for name, text in (("empty", ""), ("broken", json.dumps(answers((1, "", 0.0))[0]) + '\n{"step": 2}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "completions.jsonl").write_text(text)
+    with pytest.raises(common.UserError, match=words):
+        run_main(*(str(folder) if option == "MODEL" else option for option in options.split()))
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("not json", "not a JSON object"),
+        ('{"problem": "1+1=", "gold": "2"}', "no text"),
+        ('{"problem": "1+1=", "text": "2"}', "no gold"),
+        ('{"problem": "1+1=", "text": "2", "gold": ""}', "no gold"),
+        ('{"text": "2", "gold": "2"}', "no problem"),
+        ("", "holds no completion"),
+    ],
+)
+def test_a_bad_completions_file_is_named_with_its_line(folder, tmp_path, row, words):
+    path = tmp_path / "answers.jsonl"
+    path.write_text((json.dumps(COMPLETIONS[0]) + "\n") * bool(row) + row + "\n")
+    with pytest.raises(common.UserError, match=words) as error:
+        run_main("descent", folder, "--completions", path)
+    assert f"{path}:2" in str(error.value) or not row
+
+
+@pytest.mark.parametrize("options", [[], *([name] for name in ("descent", "landscape", "prune", "behaviours"))])
+def test_help_needs_nothing_else(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        trajectory.parse([*options, "--help"])
+    assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+def test_a_user_error_is_one_line_and_exit_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["analyze_trajectory.py", "behaviours", "nowhere"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(trajectory.__file__, run_name="__main__")
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and "nowhere" in last
