@@ -575,7 +575,7 @@ def draw_results(folder, labels, results, args):
     def points(rows, names, x):  # -> label -> (x, values, intervals): the names of one row, or the rows of one name
         found = {label: [] for label in labels}
         for row, name in itertools.product(rows, names):
-            found[row["model"]].append((row[name], row["intervals"][name]))
+            found[row["model"]].append((row[name], row["intervals"].get(name, [row[name]] * 2)))
         return {label: (x, *zip(*pairs)) for label, pairs in found.items()}
 
     avg, panels, sweeps = f"avg@{args.num_samples}", [], []
