@@ -1,6 +1,7 @@
 """Memory: the plan of tests/bench_memory.py is right, and what the head keeps does not grow with the vocabulary."""
 
 import importlib
+import itertools
 import weakref
 
 import pytest
@@ -11,9 +12,10 @@ from conftest import arguments, tiny_model
 import common
 
 
-def test_the_plan_is_what_live_tensors_take():
+@pytest.mark.parametrize("n", [2, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_plan_is_what_live_tensors_take(n):
     """A plan that is off sends people to rent a card that is too small, or one that costs twice as much."""
-    for name, planned, measured in checks():
+    for name, planned, measured in itertools.islice(checks(), n):
         for component in COMPONENTS:
             assert planned[component] == pytest.approx(measured[component], rel=0.15), (name, component)
 

@@ -275,7 +275,7 @@ def test_killed_at_any_moment(kills, model_folder, data, processes):
     last start weights, metrics and answers are those of the run that nobody touched."""
 
     def start(folder):
-        options = dict(max_steps=12, internal_steps=6, num_prompts=4, eval_steps=4, save_total_limit=2)
+        options = dict(max_steps=12, internal_steps=6, num_prompts=3, eval_steps=8, save_total_limit=2)
         process = processes(settings(bupo, model_folder, data, output_dir=str(folder), **options))
         process.start()
         return process
