@@ -55,6 +55,17 @@ def clean_surroundings(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def verifier(monkeypatch):
+    """A verifier of its own, which gives up after a second instead of three; its workers end with the test."""
+    fresh = common.Verifier()
+    fresh.seconds = 1.0
+    monkeypatch.setattr(common, "verifier", fresh)
+    yield fresh
+    for worker in fresh.idle:
+        worker.kill()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------------------------------

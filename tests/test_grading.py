@@ -124,7 +124,7 @@ def test_lists_of_unequal_length_are_a_bug():
     ["{" * 50 + "}" * 50, r"\frac{1}{" * 200 + "1" + "}" * 200, "1" * 1990, "1" * 10**5, "\x00", "%", "\\", r"\frac"],
     ids=["braces", "fractions", "digits", "long", "zero_byte", "comment", "backslash", "bare_frac"],
 )
-def test_hostile_answers_score_zero(answer):
+def test_hostile_answers_score_zero(answer, verifier):
     """A model writes anything. What the verifier cannot digest scores 0 and takes no other answer with it."""
     start = time.perf_counter()
     texts = [r"\boxed{3}", f"\\boxed{{{answer}}}", r"\boxed{3}"]
@@ -132,7 +132,7 @@ def test_hostile_answers_score_zero(answer):
     assert time.perf_counter() - start < 5
 
 
-def test_an_answer_that_would_take_for_ever_is_given_up():
+def test_an_answer_that_would_take_for_ever_is_given_up(verifier):
     """9^9^9^9 in a box asks the verifier for a number with more digits than there are atoms. A wall limit ends it."""
     start = time.perf_counter()
     tower = r"\boxed{9^{9^{9^{9}}}}"

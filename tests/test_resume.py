@@ -2,7 +2,7 @@
 
 import importlib
 import json
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import random
 import resource
@@ -251,15 +251,12 @@ def train(options):
     bupo.main(options)
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Starts `train` in a fresh process within milliseconds: forked from a server that has everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_resume"])
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("PYTHONPATH", str(ROOT / "tests"))  # where the server, a fresh process, finds this file
-        multiprocessing.forkserver.ensure_running()
-    return lambda options: context.Process(target=train, args=(options,))
+def process(options):
+    """`train` in a process that starts within milliseconds: a fork, or where that could hold a GPU, one of a server's."""
+    context = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+    started = context.Process(target=train, args=(options,))
+    started.start()
+    return started
 
 
 def saving(folder, seconds):
@@ -270,29 +267,27 @@ def saving(folder, seconds):
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_any_moment(kills, model_folder, data, processes):
+def test_killed_at_any_moment(kills, model_folder, data):
     """SIGKILL at random moments of twelve steps, in both phases, and while a checkpoint is being written: after the
     last start weights, metrics and answers are those of the run that nobody touched."""
 
     def start(folder):
         options = dict(max_steps=12, internal_steps=6, num_prompts=3, eval_steps=8, save_total_limit=2)
-        process = processes(settings(bupo, model_folder, data, output_dir=str(folder), **options))
-        process.start()
-        return process
+        return process(settings(bupo, model_folder, data, output_dir=str(folder), **options))
 
     begin = time.monotonic()
     start("whole").join()
     duration, generator = time.monotonic() - begin, random.Random(kills)
     for kill in range(kills):
-        process = start(f"cut{kill}")
+        victim = start(f"cut{kill}")
         time.sleep(generator.uniform(0, duration))
         if kill % 2:
             saving(f"cut{kill}", duration)
-        process.kill()
-        process.join()
-        process = start(f"cut{kill}")
-        process.join()
-        assert process.exitcode == 0
+        victim.kill()
+        victim.join()
+        second = start(f"cut{kill}")
+        second.join()
+        assert second.exitcode == 0
         assert_same(f"cut{kill}", "whole")
         assert not list(Path(f"cut{kill}").glob("*.tmp"))
 

@@ -14,18 +14,7 @@ from conftest import arguments, read_jsonl
 import common
 import grpo
 
-LIMIT = 1.0  # seconds per answer in these tests; runs have 3
-
-
-@pytest.fixture
-def verifier(monkeypatch):
-    """A verifier of its own with a short limit, whose workers end with the test."""
-    fresh = common.Verifier()
-    fresh.seconds = LIMIT
-    monkeypatch.setattr(common, "verifier", fresh)
-    yield fresh
-    for worker in fresh.idle:
-        worker.kill()
+LIMIT = 1.0  # seconds per answer: of the fixture `verifier`
 
 
 def labelled():
