@@ -166,12 +166,14 @@ def run_grpo(model_folder, options, prompts, steps, scores, between=lambda: None
     args |= dict(save_steps=0, eval_steps=0, overwrite=True)
     with (
         mock.patch.object(common.Run, "steps", steps_in_turns),
-        mock.patch.object(common, "grade", lambda *_, **__: scores),
+        mock.patch.object(common, "judge", lambda *_: ["right" if score else "wrong" for score in scores]),
         mock.patch.object(common, "draw_curves", lambda folder: None),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         grpo.main(grpo.Args(**args | options))
-    return times, common.read_log(model_folder / "run" / "metrics.jsonl")
+    log = common.read_log(model_folder / "run" / "metrics.jsonl")
+    assert all(record["optimizer_steps"] for record in log), "a step that trained nothing was timed"
+    return times, log
 
 
 def compare(name, model_folder, options, rows, trl_python, steps):
