@@ -32,7 +32,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -47,7 +46,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated")  # its successor is newer than 5.0
 
 EMBEDDED_MODEL = Path("runs/tiny")  # where sft.py keeps the embedded model
 
@@ -722,8 +720,7 @@ def assemble(prompts, completions, pad, device):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0, max_rollout_tokens=2**18,
-           chat_template_kwargs=None, seed=0):  # fmt: skip
+def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0, max_rollout_tokens=2**18, seed=0):
     """n completions per prompt from the policy itself -> Rollouts with B = len(prompts) * n rows, prompt-major.
 
     prompts: texts, chat messages or token ids. temperature 0 is greedy (its log-probs are those at temperature 1).
@@ -732,9 +729,9 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     run in waves of at most max_rollout_tokens tokens. The same seed gives the same samples.
 
     Why not transformers' continuous batching: 512 rows of Qwen3-1.7B, H200, 2026-11: generate_batch 2,046 tokens/s,
-    this loop 12,730 (tests/bench_gpu.py; no flash-attention installed).
+    this loop 12,730 (tests/bench_gpu.py --limit 150; no flash-attention installed).
     """
-    prompts = [encode(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
+    prompts = [encode(tokenizer, prompt) for prompt in prompts]
     generator = torch.Generator(model.device).manual_seed(seed)
     stop = end_token_ids(model, tokenizer)
     size = max(1, max_rollout_tokens // (max(map(len, prompts)) + max_completion_length))  # rows at once
@@ -1001,7 +998,7 @@ class Run:
             raise UserError(f"--num_prompts {args.num_prompts}: {args.data} has only {len(self.problems)}; lower it")
         print(f"first prompt: {self.tokenizer.decode(self.problems[0].ids)!r}, tokens {self.problems[0].ids}"[:1000])
         if args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.optimizer = Optimizer(self.model, args)
         if self.start:
             with mendable(f"{path}/optimizer.pt: cannot be read", f"delete {path} to go back"):

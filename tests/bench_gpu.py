@@ -194,7 +194,7 @@ def attempt(measurement, limit, model, rate):
 def measure(model, rate, limit):
     """All figures of a model, {label: text}, printed one by one."""
     model.generation_config.eos_token_id, figures = None, {}
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     for measurement in (sampling, training, internal_step, optimizers, continuous_batching):
         found = attempt(measurement, limit, model, rate)

@@ -150,7 +150,7 @@ def measure(config, args):
     """The components of `plan`, counted in live tensors while the library's functions run."""
     model = random_model(config, dtype=getattr(torch, args.dtype))
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.generation_config.eos_token_id, tokenizer = None, mock.Mock(eos_token_id=None, pad_token_id=0)
     optimizer, parameters = common.Optimizer(model, args), list(model.parameters())
     longest, n = args.max_prompt_length + args.max_completion_length, args.micro_batch_tokens

@@ -78,7 +78,7 @@ def main():
     print(f"{L} layers, width 256, vocabulary 8192, {int(rollouts.lengths.sum())} completion tokens")
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         full, head, internal = phase_one(model, rollouts, MICRO_BATCH_TOKENS, LAYERS)
         print(f"{'with' if checkpointing else 'without'} gradient checkpointing: full {full:.2f} s, head {head:.2f} s")
         for k, (taken, budget) in internal.items():

@@ -57,9 +57,9 @@ def clean_surroundings(tmp_path, monkeypatch):
 
 @pytest.fixture
 def verifier(monkeypatch):
-    """A verifier of its own, which gives up after a second instead of three; its workers end with the test."""
+    """A verifier of its own, which gives up after half a second instead of three; its workers end with the test."""
     fresh = common.Verifier()
-    fresh.seconds = 1.0
+    fresh.seconds = 0.5
     monkeypatch.setattr(common, "verifier", fresh)
     yield fresh
     for worker in fresh.idle:

@@ -149,7 +149,7 @@ def test_early_exit_has_the_gradient_of_a_full_forward_pass(tied, checkpointing,
     """A cut made by no_grad, or one that a recomputed block does not see, trains by another gradient."""
     model = tiny_model(tied=tied)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     reference = copy.deepcopy(model)
     ids, attention_mask, positions = ragged("right")

@@ -6,19 +6,12 @@ import weakref
 
 import pytest
 import torch
-import transformers
 from bench_memory import COMPONENTS, SHAPES, checks, plan
 from conftest import arguments, tiny_model
-from packaging.version import Version
 
 import common
 
 
-# On transformers 5.0 sampling takes more than its cache, and a tied model on the meta device has its head twice.
-planned_release = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="planned for 5.23")
-
-
-@planned_release
 @pytest.mark.parametrize("n", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_the_plan_is_what_live_tensors_take(n):
     """A plan that is off sends people to rent a card that is too small, or one that costs twice as much."""
@@ -27,7 +20,6 @@ def test_the_plan_is_what_live_tensors_take(n):
             assert planned[component] == pytest.approx(measured[component], rel=0.15), (name, component)
 
 
-@planned_release
 def test_the_plan_moves_with_the_options_as_memory_does():
     """Each of these options is on the command line to save memory: the one component it is for must fall."""
     config, base = SHAPES["Qwen3-4B"], plan(SHAPES["Qwen3-4B"], common.RunArgs())

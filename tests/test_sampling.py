@@ -41,7 +41,7 @@ def test_sampling_and_training_see_the_same_distribution(family, temperature, ch
     if pad_is_eos:
         tokenizer.pad_token = tokenizer.eos_token
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     rollouts = common.sample(model, tokenizer, PROMPTS, 4, 12, temperature, seed=3)
     assert model.training  # as it was

@@ -117,13 +117,15 @@ def test_an_algorithm_is_read_in_one_sitting(name):
     assert len(read(name).splitlines()) <= 220
 
 
+@pytest.mark.xfail(strict=True, reason="missed: 809 lines with the verifier's processes, Countdown, faults by name")
 def test_the_plumbing_stays_small():
-    """Shared code grows a convenience at a time; at some point nobody reads it, and it is a framework.
+    """Shared code grows a convenience at a time; at some point nobody reads it, and it is a framework."""
+    assert len(code_lines("common.py")) <= 600
 
-    The aim is 600 lines of code, which it misses: the verifier's processes, Countdown and the faults by name came on top
-    of 685. This holds what there is, so that it can only shrink from here.
-    """
-    assert len(code_lines("common.py")) <= 812
+
+def test_the_plumbing_does_not_grow():
+    """As long as the bar above is missed: from here it may only shrink. Lower this number, never raise it."""
+    assert len(code_lines("common.py")) <= 809
 
 
 @pytest.mark.parametrize("name", FILES)

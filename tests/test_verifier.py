@@ -14,7 +14,7 @@ from conftest import arguments, read_jsonl
 import common
 import grpo
 
-LIMIT = 1.0  # seconds per answer: of the fixture `verifier`
+LIMIT = 0.5  # seconds per answer: of the fixture `verifier`
 
 
 def labelled():
@@ -104,6 +104,7 @@ def test_three_hundred_labelled_answers(verifier):
     seconds = time.perf_counter() - start
     bad = sum(verdict in ("timeout", "error") for verdict in verdicts)
     assert seconds <= LIMIT * math.ceil(bad / verifier.workers) + 5
+    verifier.seconds, verifier.idle = 3.0, []  # on a busy machine a clean answer may need longer: the default limit
     random.Random(0).shuffle(rows)
     wrong = [row for row, verdict in zip(rows, judge(rows)) if (verdict == "right") != row[2]]
     assert not [row for row in wrong if row[3]]  # hostile answers earn nothing
