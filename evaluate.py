@@ -43,7 +43,6 @@ from tqdm import tqdm
 
 import common
 
-
 # Options in which an evaluation follows the runs' training, unless the command line says otherwise.
 FOLLOWED = ("system_prompt", "chat_template_kwargs", "max_completion_length")
 # Options that mean here what they mean to the training scripts.
@@ -530,11 +529,8 @@ def results_table(results, columns):
 
 
 # Okabe and Ito's colours, of different lightness; line and mark tell the models apart in grey, too.
-COLOURS, LINES, MARKS = (
-    ("black", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"),
-    ("-", "--", "-.", ":"),
-    "os^Dv",
-)
+COLOURS = ("black", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+LINES, MARKS = ("-", "--", "-.", ":"), "os^Dv"
 STYLES = [(COLOURS[i % 6], LINES[i % 4], MARKS[i % 5]) for i in range(60)]
 
 
@@ -727,7 +723,8 @@ def main(args):
             else:
                 draw(entry, path, data, t, args, load)
             header, records = read_samples(path, problem_limit(args, data))
-            measured[entry.label, data, t], seconds[entry.label] = measure(records, args.ks), header["training_seconds"]
+            measured[entry.label, data, t] = measure(records, args.ks)
+            seconds[entry.label] = header.get("training_seconds")
             if not measured[entry.label, data, t][0]:
                 raise common.UserError(f"{path}: holds no answer yet; run this command without --rescore first")
             for name in probed if (data, t) == (args.data[0], args.temperatures[-1]) else ():
