@@ -594,11 +594,14 @@ def backbone_of(model):
 def run_blocks(model, ids, attention_mask, cache=None):
     """What the backbone makes of `ids` -> [B, T, D]. With a cache, `ids` are the last columns of attention_mask alone.
 
-    Positions are counted over real tokens only, so that padding on either side shifts nothing.
+    Positions are counted over real tokens only, so that padding on either side shifts nothing. Padding on the right
+    needs no mask: causal attention does not look that way, and the fastest kernels take none.
     """
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    inputs = dict(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
-    return backbone_of(model)(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    inputs = dict(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+    if cache is not None or (attention_mask.cummin(-1).values != attention_mask).any():
+        inputs |= dict(attention_mask=attention_mask, position_ids=positions)
+    return backbone_of(model)(**inputs).last_hidden_state
 
 
 def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):

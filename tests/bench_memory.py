@@ -80,7 +80,6 @@ def plan(config, args):
         sizes = [p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()]
     longest = args.max_prompt_length + args.max_completion_length
     tokens = max(longest, args.micro_batch_tokens)  # of a micro-batch, all of it completion at worst
-    padded = min(longest, tokens // 2)  # two rows or more are padded, and a padded batch needs a [T, T] mask per row
 
     # Sampling: keys and values of a wave, those that grow twice; log-probs, and at the head their likes twice more.
     rows = max(1, args.max_rollout_tokens // longest)
@@ -88,13 +87,13 @@ def plan(config, args):
     cache = L * layer + 4 * rows * V + max(layer // 2, 2 * 4 * rows * V)
 
     # Training, bytes per token. A norm keeps its input in fp32 and the normalised one; its output is what the next
-    # product keeps. Attention: two norms of heads; queries, outputs, and keys and values repeated to as many heads.
+    # product keeps. Attention: two norms of heads; queries, outputs, keys and values.
     norm = (4 + 2 * s) * D
-    attention = norm + (4 + s) * (Q + K) + 4 * s * Q + 4 * heads + s * padded
+    attention = norm + (4 + s) * (Q + K) + 2 * s * (Q + K) + 4 * heads
     if s == 4:
         attention -= 4 * D  # the first norm's input is the block's, counted below
     mlp = norm + 4 * s * config.intermediate_size  # gate, its SiLU, up, their product
-    inputs = L * s * D + 2 * s * head_dim + padded  # every block's; sines and cosines; the mask
+    inputs = L * s * D + 2 * s * head_dim  # every block's; sines and cosines
     kept = inputs + (0 if args.gradient_checkpointing else L * (attention + mlp))
     # Backward through a block: itself, recomputed; two gradients as wide as the MLP; the stream and its gradient.
     block = (attention + mlp if args.gradient_checkpointing else 0) + 2 * s * (config.intermediate_size + D)
@@ -155,7 +154,7 @@ def measure(config, args):
     optimizer, parameters = common.Optimizer(model, args), list(model.parameters())
     longest, n = args.max_prompt_length + args.max_completion_length, args.micro_batch_tokens
     full, rows = n // longest, args.max_rollout_tokens // longest
-    lengths = [longest - 1 - i % 2 for i in range(2 * full)]  # not all the same: attention needs a mask
+    lengths = [longest - 1 - i % 2 for i in range(2 * full)]  # not all the same: batches are padded
     batch = random_rollouts(config.vocab_size, [1] * len(lengths), lengths)
 
     def sample():

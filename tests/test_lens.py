@@ -75,13 +75,26 @@ def test_layer_k_is_the_raw_stream_after_block_k(family, tied, side):
 def test_positions_count_real_tokens_only(side):
     """Left padding that shifts the positions: the same text scores differently in another batch."""
     model, seen = tiny_model(), []
-    model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
+    rotary = model.model.rotary_emb
+    rotary.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     ids, attention_mask, positions = ragged(side)
     common.hidden_states(model, ids, attention_mask)
     common.hidden_states(model, ids, attention_mask, layer=1)
     assert len(seen) == 2
     for given in seen:
+        given = given.expand_as(positions)
         assert torch.equal(given[attention_mask.bool()], positions[attention_mask.bool()])
+
+
+@SIDES
+def test_only_padding_on_the_left_costs_a_mask(side):
+    """A mask on batches padded on the right, which causal attention ignores: no flash kernel, repeated keys."""
+    model, seen = tiny_model(), []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    ids, attention_mask, _ = ragged(side)
+    common.hidden_states(model, ids, attention_mask)
+    assert (seen[0] is None) == (side == "right")
 
 
 @pytest.mark.parametrize("layer", [-1, 4, 99])
