@@ -19,7 +19,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -40,6 +39,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser
@@ -239,8 +239,7 @@ def problem_from_row(where, row, labels=True):
     prompt = next((row[name] for name in ("problem", "question", "prompt") if is_prompt(row.get(name))), None)
     if not prompt:
         raise UserError(f"{where}: no problem; put text or messages into 'problem', 'question' or 'prompt'; {found}")
-    boxed = last_boxed(row["solution"]) if isinstance(row.get("solution"), str) else None
-    answers = (row.get("answer"), row.get("final_answer"), boxed)
+    answers = (row.get("answer"), row.get("final_answer"), last_boxed(str(row.get("solution"))))
     answer = next((str(a).strip() for a in answers if type(a) in (str, int, float) and str(a).strip()), "")
     if labels and not answer:
         raise UserError(f"{where}: no gold answer; put it into 'answer', 'final_answer' or a boxed 'solution'; {found}")
@@ -449,8 +448,7 @@ def judge(texts, problems, finished=None):
     found = [next(verdicts) if ask else "wrong" for ask in asks]
     for i, p in enumerate(problems):
         if p.numbers and finished[i]:
-            score = score_countdown(texts[i], p.numbers, p.target)
-            found[i] = {1.0: "right", 0.1: "well-formed"}.get(score, "wrong")
+            found[i] = {1.0: "right", 0.1: "well-formed"}.get(score_countdown(texts[i], p.numbers, p.target), "wrong")
     return found
 
 
@@ -468,8 +466,7 @@ COUNTDOWN_PROMPT = (  # in the style of R1-Zero: think first, then answer, each 
     "Make {target} of the numbers {numbers}, each used exactly once, by + - * / and parentheses. Think between <think> "
     "and </think>; then give only the expression between <answer> and </answer>, as in <answer>(1 + 2) * 3</answer>."
 )
-OPERATORS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__}
-OPERATORS[ast.Div] = Fraction.__truediv__
+OPS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}
 
 
 def combine(numbers, generator, operators="+-*/"):
@@ -517,7 +514,7 @@ def score_countdown(text, numbers, target):
     def value(node):  # lets binary operators and numbers through: no name, call, power, sign or attribute
         if isinstance(node, ast.Constant):
             return Fraction(node.value)
-        return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        return OPS[type(node.op)](value(node.left), value(node.right))
 
     # Short and of few characters: nothing can nest deeply, grow or be a name, even before it is parsed.
     if len(answer) > 100 or re.search(r"[^-+*/() 0-9]|[0-9]{7}", answer):
@@ -547,8 +544,6 @@ def load_model(path, device="auto", dtype="auto"):
     folder = EMBEDDED_MODEL if path == "embedded" else Path(path)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
     if folder.is_dir() and not [*folder.glob("token*.*"), *folder.glob("vocab.*")]:
         raise UserError(f"--model {folder}: no tokenizer in this folder; put one there with tokenizer.save_pretrained")
     with mendable(f"--model {folder}: cannot be loaded", "check name and network"):  # also cut off, or of unknown kind
@@ -564,8 +559,7 @@ def load_model(path, device="auto", dtype="auto"):
         # training. Nothing here samples by it; only its end tokens are read.
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     for module in model.modules():  # dropout would make sampler, old and new policy three different ones
-        for name in vars(module).keys() & {"p", "attention_dropout"}:
-            setattr(module, name, 0.0)
+        vars(module).update(dict.fromkeys(vars(module).keys() & {"p", "attention_dropout"}, 0.0))
     return model.eval(), tokenizer
 
 
@@ -598,10 +592,9 @@ def run_blocks(model, ids, attention_mask, cache=None):
     needs no mask: causal attention does not look that way, and the fastest kernels take none.
     """
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    inputs = dict(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-    if cache is not None or (attention_mask.cummin(-1).values != attention_mask).any():
-        inputs |= dict(attention_mask=attention_mask, position_ids=positions)
-    return backbone_of(model)(**inputs).last_hidden_state
+    right_padded = cache is None and (attention_mask.cummin(-1).values == attention_mask).all()
+    inputs = dict(input_ids=ids) | ({} if right_padded else dict(attention_mask=attention_mask, position_ids=positions))
+    return backbone_of(model)(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
 def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
@@ -713,12 +706,10 @@ class Rollouts:
 
 def assemble(prompts, completions, pad, device):
     """B prompts and B completions, lists of token ids -> Rollouts with ids, masks and lengths."""
-    ids = torch.full((len(prompts), max(len(p) + len(c) for p, c in zip(prompts, completions))), pad or 0)
-    attention_mask, mask = torch.zeros_like(ids), torch.zeros(ids.shape)
-    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-        start, end = len(prompt), len(prompt) + len(completion)
-        ids[i, :end] = torch.tensor(prompt + completion)
-        attention_mask[i, :end], mask[i, start:end] = 1, 1.0
+    pairs = list(zip(prompts, completions))
+    ids = pad_sequence([torch.tensor(p + c) for p, c in pairs], True, pad or 0)
+    attention_mask = pad_sequence([torch.ones(len(p + c), dtype=torch.long) for p, c in pairs], True)
+    mask = pad_sequence([torch.tensor([0.0] * len(p) + [1.0] * len(c)) for p, c in pairs], True)
     return Rollouts(*(tensor.to(device) for tensor in (ids, attention_mask, mask, mask.sum(1).long())))
 
 
@@ -728,69 +719,77 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
 
     prompts: texts, chat messages or token ids. temperature 0 is greedy (its log-probs are those at temperature 1).
     The distribution is softmax(logits / temperature) over the whole vocabulary: no top-k, top-p, min-p or penalty,
-    whatever the model's generation_config says, because the loss differentiates this distribution and no other. Rows
-    run in waves of at most max_rollout_tokens tokens. The same seed gives the same samples.
+    whatever the model's generation_config says, because the loss differentiates this distribution and no other. The
+    same seed gives the same samples. Rows run in waves of at most max_rollout_tokens tokens. While others wait, a wave
+    of which half has finished gives way; its other half goes on later, among rows as long: no long tail runs alone.
 
     Why not transformers' continuous batching: 512 rows of Qwen3-1.7B, H200, 2026-11: generate_batch 2,046 tokens/s,
     this loop 12,730 (tests/bench_gpu.py --limit 150; no flash-attention installed).
     """
-    prompts = [encode(tokenizer, prompt) for prompt in prompts]
-    generator = torch.Generator(model.device).manual_seed(seed)
-    stop = end_token_ids(model, tokenizer)
-    size = max(1, max_rollout_tokens // (max(map(len, prompts)) + max_completion_length))  # rows at once
-    waves, training = torch.arange(len(prompts) * n, device=model.device).split(size), model.training
-    settings = n, max_completion_length, temperature, stop, generator
+    prompts = [ids for ids in [encode(tokenizer, prompt) for prompt in prompts] for _ in range(n)]
+    room = [[tokenizer.pad_token_id or 0] * max_completion_length] * len(prompts)  # for the longest completions
+    rollouts = assemble(prompts, room, tokenizer.pad_token_id, model.device)
+    rollouts.logps, rollouts.entropy = torch.zeros_like(rollouts.mask), torch.zeros_like(rollouts.mask)
+    ends = rollouts.attention_mask.sum(1) - max_completion_length  # [B] tokens that are there, of the prompt at first
+    size, stop = max(1, max_rollout_tokens // rollouts.ids.shape[1]), end_token_ids(model, tokenizer)
+    settings = temperature, torch.tensor(stop, device=model.device), torch.Generator(model.device).manual_seed(seed)
+    waiting, training = torch.arange(len(prompts), device=model.device), model.training
     model.eval()  # with gradient checkpointing, a model in training mode silently drops its cache and samples garbage
     try:
-        steps = [step for rows in waves for step in sample_wave(model, prompts, rows, *settings)]
+        while len(waiting):
+            rows, waiting = waiting[:size], waiting[size:]
+            paused = sample_wave(model, rollouts, ends, rows, size // 2 if len(waiting) else 0, *settings)
+            waiting = torch.cat([waiting, paused])
     finally:
         model.train(training)
-    rows, tokens, logps, entropy = (torch.cat(column) for column in zip(*steps))  # step after step
-    order = rows.argsort(stable=True)  # row after row; stable keeps the steps of a row in order
-    completions = [completion.tolist() for completion in tokens[order].cpu().split(rows.bincount().tolist())]
-    rollouts = assemble([p for p in prompts for _ in range(n)], completions, tokenizer.pad_token_id, model.device)
-    rollouts.logps, rollouts.entropy = spread(rollouts.mask, logps[order]), spread(rollouts.mask, entropy[order])
-    rollouts.finished = torch.tensor([completion[-1] in stop for completion in completions], device=model.device)
+    there = torch.arange(rollouts.ids.shape[1], device=model.device) < ends[:, None]
+    rollouts.mask, rollouts.attention_mask = rollouts.mask * there, rollouts.attention_mask * there
+    for name in ("ids", "attention_mask", "mask", "logps", "entropy"):
+        setattr(rollouts, name, getattr(rollouts, name)[:, : ends.max()])
+    rollouts.lengths = rollouts.mask.sum(1).long()
+    completions = rollouts.ids[rollouts.mask.bool()].cpu().split(rollouts.lengths.tolist())
+    rollouts.finished = torch.tensor([int(completion[-1]) in stop for completion in completions], device=model.device)
     rollouts.texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
     return rollouts
 
 
-def sample_wave(model, prompts, alive, n, max_completion_length, temperature, stop, generator):
-    """Decode one completion for every row in `alive`, ascending indices into the batch; row r has prompt r // n.
+def sample_wave(model, rollouts, ends, alive, spare, temperature, stop, generator):
+    """Decode the rows `alive` of rollouts, in place, from column ends[row] on: until no more than `spare` of them are
+    unfinished, or the cache has as many columns as the rollouts -> the unfinished rows.
 
-    Each prompt is prefilled once and its cache shared by its samples; a finished row leaves the batch.
-    Yields, step by step, the rows still decoding and for each of them token, log-prob and entropy.
+    Equal beginnings are prefilled once and their cache shared by their rows; a finished row leaves the batch.
     """
-    cache, device = DynamicCache(config=model.config), model.device
-    unique, owner = (alive // n).unique(return_inverse=True)
-    unique = [prompts[p] for p in unique.tolist()]
-    # Left padding puts every prompt's last token into the last column, which predicts the first completion token.
-    padding = [max(map(len, unique)) - len(prompt) for prompt in unique]
-    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, unique)], device=device)
-    attention_mask = torch.tensor([[0] * pad + [1] * len(p) for pad, p in zip(padding, unique)], device=device)
-    hidden = run_blocks(model, ids, attention_mask, cache)[owner, -1]  # [B, D], the state that predicts the next token
-    attention_mask = attention_mask[owner]
+    cache, limits = DynamicCache(config=model.config), rollouts.attention_mask.sum(1)
+    # Left padding, -1, puts every row's last token into the last column, which predicts the next token.
+    columns = torch.arange(-int(ends[alive].max()), 0, device=model.device) + ends[alive, None]
+    ids = rollouts.ids[alive].gather(1, columns.clamp(min=0)).where(columns >= 0, -1)
+    ids, owner = ids.unique(dim=0, return_inverse=True)
+    attention_mask = (ids >= 0).long()
+    width = max(1, 2**15 // len(ids))  # of one pass of prefill: its memory is bounded, too
+    for start in range(0, ids.shape[1], width):
+        hidden = run_blocks(model, ids[:, start : start + width].clamp(0), attention_mask[:, : start + width], cache)
+    hidden, attention_mask = hidden[owner, -1], attention_mask[owner]  # [B, D], the state that predicts the next token
     cache.batch_select_indices(owner)
-
-    stop = torch.tensor(stop, dtype=torch.long, device=device)
-    for step in range(max_completion_length):
+    while True:
         logps = F.log_softmax(head_logits(model, hidden) / (temperature or 1.0), dim=-1)  # [alive, V]
         token = torch.multinomial(logps.exp(), 1, generator=generator) if temperature else logps.argmax(-1)[:, None]
-        yield alive, token.squeeze(1), logps.gather(1, token).squeeze(1), -(logps.exp() * logps).sum(-1)
-        keep = (~torch.isin(token.squeeze(1), stop)).nonzero().squeeze(1)
+        here = alive, ends[alive]
+        rollouts.ids[here], rollouts.logps[here] = token.squeeze(1), logps.gather(1, token).squeeze(1)
+        rollouts.entropy[here] = -(logps.exp() * logps).sum(-1)
+        ends[alive] += 1
+        keep = (~torch.isin(token.squeeze(1), stop) & (ends[alive] < limits[alive])).nonzero().squeeze(1)
         if len(keep) < len(alive):
             alive, token, attention_mask = alive[keep], token[keep], attention_mask[keep]
             cache.batch_select_indices(keep)
-        if len(alive) == 0 or step == max_completion_length - 1:
-            break
+        if len(alive) <= spare or attention_mask.shape[1] == rollouts.ids.shape[1]:
+            return alive
         attention_mask = F.pad(attention_mask, (0, 1), value=1)
         hidden = run_blocks(model, token, attention_mask, cache)[:, -1]
 
 
 def micro_batches(rollouts, rows, budget):
     """Split row indices into lists of at most `budget` tokens each, padding included; similar lengths go together."""
-    lengths = rollouts.attention_mask.sum(1).tolist()
-    batches = []
+    lengths, batches = rollouts.attention_mask.sum(1).tolist(), []
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):  # longest first: the first of a batch is its width
         if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
             batches.append([])
@@ -901,7 +900,7 @@ def summary(rollouts, rewards):
     """What training steps and evaluations both log of a batch of answers. rewards [P, G] -> dict of floats."""
     means = dict(accuracy=rewards == 1, response_length=rollouts.lengths, truncated_share=~rollouts.finished)
     means = {name: float(values.float().mean()) for name, values in means.items()}
-    return dict(**means, entropy=masked_mean(rollouts.entropy, rollouts.mask))
+    return means | dict(entropy=masked_mean(rollouts.entropy, rollouts.mask))
 
 
 def per_token(sums):
@@ -1218,9 +1217,8 @@ def sync(path):
 
 def peak_memory_gb(device):
     """Peak memory of this process in 10^9 bytes: of the GPU it trains on, on CPU what was resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident) / 1e9
 
 
 def reporter(args):
@@ -1228,7 +1226,7 @@ def reporter(args):
     if args.report_to == "none":
         return lambda record, step: None
     with mendable(f"--report_to {args.report_to}: not installed", "pip install it, or take none", ImportError):
-        tracker = importlib.import_module(args.report_to)
+        tracker = __import__(args.report_to)
     tracker.init(project=Path.cwd().name, name=args.output_dir, config=vars(args))
     return tracker.log
 

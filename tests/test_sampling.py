@@ -148,13 +148,51 @@ def test_waves_change_no_greedy_answer(tokenizer):
 
 def test_waves_keep_to_their_budget(tokenizer, monkeypatch):
     """max_rollout_tokens bounds the cache; a wave over budget ends in an out-of-memory error on a real model."""
-    model, rows = tiny_model(), []
-    forward = type(model.model).forward
-    monkeypatch.setattr(
-        type(model.model), "forward", lambda self, **kw: (rows.append(len(kw["input_ids"])), forward(self, **kw))[1]
-    )
+    model = tiny_model()
+    several_ends(model, tokenizer)
+    passes = watch_passes(model, monkeypatch)
     common.sample(model, tokenizer, PROMPTS, 8, 20, max_rollout_tokens=5 * (LONGEST + 20), seed=0)
-    assert max(rows) == 5
+    assert max(rows for rows, _, _ in passes) == 5
+    assert max(columns for _, _, columns in passes) < LONGEST + 20
+
+
+def watch_passes(model, monkeypatch):
+    """A list that grows with every pass of the sampler: (rows, new tokens of each, columns of the cache)."""
+    passes, forward = [], type(model.model).forward
+
+    def watched(self, **kw):
+        if kw["past_key_values"] is not None:
+            passes.append((*kw["input_ids"].shape, kw["attention_mask"].shape[1]))
+        return forward(self, **kw)
+
+    monkeypatch.setattr(type(model.model), "forward", watched)
+    return passes
+
+
+def test_no_long_tail_runs_alone(tokenizer, monkeypatch):
+    """A wave that waits for its longest answer decodes one row at the price of eight, most of the time."""
+    model = tiny_model()
+    several_ends(model, tokenizer)  # seven tokens of 101 end an answer: 14 tokens in the mean
+    passes = watch_passes(model, monkeypatch)
+    rollouts = common.sample(model, tokenizer, [[31 + i] for i in range(64)], 1, 200, max_rollout_tokens=8 * 201, seed=0)
+    decoded = [rows for rows, new, _ in passes if new == 1]
+    full = max(i for i, rows in enumerate(decoded) if rows == 8)  # afterwards nothing waits
+    assert min(decoded[: full + 1]) >= 4
+    assert len(decoded) < 0.6 * sum(max(wave) for wave in rollouts.lengths.view(8, 8).tolist())
+    with torch.no_grad():
+        logps, _ = common.completion_logps(model, rollouts, range(64), 1.0)
+    assert (logps - rollouts.logps).abs().max() < 1e-5
+
+
+def test_long_prefills_go_in_pieces(tokenizer):
+    """Paused answers are prefilled again, whole: in one pass that could take more memory than all the training."""
+    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 150, (300,), generator=generator).tolist()  # 300 x 149 tokens at once: two pieces
+    prompts = [torch.randint(3, 101, (length,), generator=generator).tolist() for length in lengths]
+    rollouts = common.sample(model, tokenizer, prompts, 1, 2, seed=0)
+    with torch.no_grad():
+        logps, _ = common.completion_logps(model, rollouts, range(300), 1.0)
+    assert (logps - rollouts.logps).abs().max() < 1e-5
 
 
 def test_seed_decides_the_samples(tokenizer):
