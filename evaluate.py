@@ -7,6 +7,7 @@ Every model answers every held-out problem n times; the answers are kept, and al
     maj@k       accuracy of the most frequent of k answers: mean over n // k consecutive blocks of k, the rest unused.
                 Ties go to the answer sampled first; an answer that is unfinished or has no box has no vote
     Self-BLEU   BLEU-4 of an answer against the others to its problem (https://arxiv.org/abs/1802.01886); 1: all alike
+    behaviours  verification, backtracking, subgoal setting and backward chaining per answer (analyze_trajectory.py)
     Rep-5       share of an answer's 5-grams of tokens that it had used before; near 1: it loops
     entropy     nats per token, of the distribution sampled from
     KL          to the model the run started from, nats per token: mean of exp(x) - x - 1, x = logp_start - logp
@@ -415,10 +416,15 @@ def grade_record(record):
 
 def measure(records, ks):
     """Records of a sample file -> (values: metric -> one value per problem, totals over the tokens of all answers)."""
+    from analyze_trajectory import count_behaviours
+
     values, totals = defaultdict(list), Counter()
     for record in records:
         rewards, lengths = grade_record(record), [len(ids) for ids in record["token_ids"]]
-        groups = group_answers([*map(common.gradable, record["texts"], record["finished"])])
+        texts = record["texts"]
+        if "numbers" in record:  # Countdown's answers may stand between tags: they vote as if they stood in a box
+            texts = [re.sub("(?s)<answer>(.*?)</answer>", r"\\boxed{\1}", text) for text in texts]
+        groups = group_answers([*map(common.gradable, texts, record["finished"])])
         n, right = len(rewards), rewards.count(1.0)
         values[f"avg@{n}"].append(right / n)
         for k in ks:
@@ -428,6 +434,9 @@ def measure(records, ks):
         values["truncated_share"].append(1 - sum(record["finished"]) / n)
         values["self_bleu"].append(self_bleu(record["texts"]))
         values["repetition_5"].append(sum(map(repetition, record["token_ids"])) / n)
+        counts = [count_behaviours(text) for text in record["texts"]]
+        for name in counts[0]:
+            values[name].append(sum(count[name] for count in counts) / n)
         kl = math.nan if record["kl"] is None else record["kl"] * sum(lengths)
         totals.update(tokens=sum(lengths), entropy=sum(record["entropy"]), kl_to_start=kl)
     return values, totals
@@ -697,6 +706,8 @@ def parse(argv=None):
 
 
 def main(args):
+    from analyze_trajectory import count_behaviours
+
     if "embedded" in args.models and not args.rescore:
         import sft
 
@@ -754,7 +765,8 @@ def main(args):
     interval = "t interval over runs" if args.over_seeds else "bootstrap interval over problems"
     print("\n".join(tables) + f"{asked}; ±: half of the 95% {interval}; more in {folder}")
     every_k = {name: (name, 3) for kind in ("pass", "maj") for name in (f"{kind}@{k}" for k in args.ks)}
-    tables.insert(1, results_table(results, every_k))
+    behaviours = {f"{name.replace('_', ' ')} per answer": (name, 2) for name in count_behaviours("")}
+    tables[1:1] = results_table(results, every_k), results_table(results, behaviours)
     (folder / "results.md").write_text("\n".join(tables), encoding="utf-8")
     merged = dict(over_seeds=results) if args.over_seeds else {}
     common.write_json(folder / "results.json", dict(command=vars(args), results=every_run, **merged, **probed))
