@@ -6,6 +6,7 @@ from conftest import arguments, read_jsonl, write_jsonl
 
 import common
 import grpo
+import sft
 
 
 def warnings_of(text):
@@ -79,6 +80,12 @@ def test_every_fault_is_named_once_and_again_at_the_end(fault, model_folder, dat
 def test_healthy_runs_raise_no_alarm(seed, model_folder, data, capsys):
     """A warning that is always there is read by nobody."""
     grpo.main(arguments(grpo, model_folder, data, max_steps=6, num_prompts=6, seed=seed))
+    assert not warnings_of(capsys.readouterr().err)
+
+
+def test_the_end_of_a_schedule_raises_no_alarm(model_folder, capsys):
+    """The first command of every newcomer builds the embedded model: its cosine ends in steps too small to matter."""
+    sft.main(arguments(sft, model_folder, "arithmetic", learning_rate=1e-12))
     assert not warnings_of(capsys.readouterr().err)
 
 
