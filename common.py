@@ -732,7 +732,7 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     rollouts.logps, rollouts.entropy = torch.zeros_like(rollouts.mask), torch.zeros_like(rollouts.mask)
     ends = rollouts.attention_mask.sum(1) - max_completion_length  # [B] tokens that are there, of the prompt at first
     size, stop = max(1, max_rollout_tokens // rollouts.ids.shape[1]), end_token_ids(model, tokenizer)
-    settings = temperature, torch.tensor(stop, device=model.device), torch.Generator(model.device).manual_seed(seed)
+    settings = temperature, rollouts.ids.new_tensor(stop), torch.Generator(model.device).manual_seed(seed)
     waiting, training = torch.arange(len(prompts), device=model.device), model.training
     model.eval()  # with gradient checkpointing, a model in training mode silently drops its cache and samples garbage
     try:
