@@ -410,12 +410,13 @@ class Verifier:
         return "error"
 
     def __call__(self, pairs):
-        """Verdicts on (gold, answer) pairs, a list; equal pairs are compared once, equal texts and integers here."""
+        """Verdicts on (gold, answer) pairs, a list. Equal pairs are compared once; equal texts, and an integer with
+        another or with nothing, here."""
         self.verdicts = self.verdicts if len(self.verdicts) < 2**17 else {}
         for gold, answer in pairs:
-            same, integers = gold == answer.strip(), re.fullmatch(r"-?[0-9]{1,15} -?[0-9]{1,15}", f"{gold} {answer}")
+            same, integers = gold == answer.strip(), re.fullmatch(r"-?[0-9]{1,15} (-?[0-9]{1,15})?", f"{gold} {answer}")
             if same or integers:
-                self.verdicts[gold, answer] = "right" if same or int(gold) == int(answer) else "wrong"
+                self.verdicts[gold, answer] = "right" if same or (answer and int(gold) == int(answer)) else "wrong"
         unknown = [pair for pair in dict.fromkeys(pairs) if pair not in self.verdicts]
         with ThreadPoolExecutor(self.workers) as threads:  # they only wait, each for a worker of its own
             self.verdicts |= zip(unknown, threads.map(self.ask, unknown))

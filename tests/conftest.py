@@ -191,10 +191,10 @@ def command_line(**options):
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-def run_script(script, *options, timeout=120):
-    """Run a script of this repository as a user does, in the current folder."""
+def run_script(script, *options, timeout=120, folder=None):
+    """Run a script of this repository as a user does, in a folder or the current one."""
     command = [sys.executable, str(ROOT / script), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=folder)
 
 
 @pytest.fixture(scope="session")

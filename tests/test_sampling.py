@@ -174,7 +174,8 @@ def test_no_long_tail_runs_alone(tokenizer, monkeypatch):
     model = tiny_model()
     several_ends(model, tokenizer)  # seven tokens of 101 end an answer: 14 tokens in the mean
     passes = watch_passes(model, monkeypatch)
-    rollouts = common.sample(model, tokenizer, [[31 + i] for i in range(64)], 1, 200, max_rollout_tokens=8 * 201, seed=0)
+    prompts = [[31 + i] for i in range(64)]
+    rollouts = common.sample(model, tokenizer, prompts, 1, 200, max_rollout_tokens=8 * 201, seed=0)
     decoded = [rows for rows, new, _ in passes if new == 1]
     full = max(i for i, rows in enumerate(decoded) if rows == 8)  # afterwards nothing waits
     assert min(decoded[: full + 1]) >= 4

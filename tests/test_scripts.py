@@ -4,6 +4,7 @@ import json
 import runpy
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -59,13 +60,37 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+PROMPTS = {script: 1 if script == "em.py" else 12 if script == "sft.py" else 6 for script in SCRIPTS}
+
+
+@pytest.fixture(scope="module")
+def commands(request, model_folder, data, tmp_path_factory):
+    """The command of every script asked for, two at a time, since each takes seconds to start: script -> (its folder,
+    its end as a future)."""
+    rows = [{"problem": row["problem"], "response": f"\\boxed{{{row['answer']}}}"} for row in read_jsonl(data)]
+    sources = {"sft.py": write_jsonl(tmp_path_factory.mktemp("data") / "trajectories.jsonl", rows)}
+    started = {}
+    with ThreadPoolExecutor(2) as pool:
+        for script in SCRIPTS:
+            if any(script in item.name and "commands" in item.fixturenames for item in request.session.items):
+                settings = dict(eval_data=data, num_prompts=PROMPTS[script], save_steps=1, eval_steps=1)
+                options = options_of(script, model_folder, sources.get(script, data), **settings)
+                folder = tmp_path_factory.mktemp("command")
+                started[script] = folder, pool.submit(run_script, script, *options, folder=folder)
+        yield started
+
+
+def finished(script, commands, monkeypatch):
+    """Wait for a script's command, and go where it ran."""
+    folder, end = commands[script]
+    assert end.result().returncode == 0, end.result().stderr
+    monkeypatch.chdir(folder)
+
+
 @pytest.mark.parametrize("script", ALGORITHMS)
-def test_command_leaves_everything_behind(script, model_folder, data):
+def test_command_leaves_everything_behind(script, commands, model_folder, monkeypatch):
     """Scripts break at the seams: options nobody parses, files nobody writes, a model nothing else can load."""
-    prompts = 1 if script == "em.py" else 6
-    options = options_of(script, model_folder, data, num_prompts=prompts, save_steps=1, eval_steps=1)
-    done = run_script(script, *options)
-    assert done.returncode == 0, done.stderr
+    finished(script, commands, monkeypatch)
     run = Path("run")
     assert {path.name for path in Path().iterdir()} == {"run"}
     assert json.loads((run / "args.json").read_text())["max_steps"] == 2
@@ -86,7 +111,7 @@ def test_command_leaves_everything_behind(script, model_folder, data):
     assert all(0 <= record["eval_greedy_accuracy"] <= 1 for record in evaluations)
 
     answers = read_jsonl(run / "completions.jsonl")
-    assert len(answers) == 2 * 4 * prompts
+    assert len(answers) == 2 * 4 * PROMPTS[script]
     for answer in answers:
         assert ANSWER <= set(answer)
         assert answer["answer"] == common.last_boxed(answer["text"])
@@ -104,13 +129,10 @@ def test_command_leaves_everything_behind(script, model_folder, data):
     assert not list(run.glob("*.tmp"))
 
 
-def test_imitation_command_leaves_everything_behind(model_folder, data):
+@pytest.mark.parametrize("script", ["sft.py"])
+def test_imitation_command_leaves_everything_behind(script, commands, model_folder, data, monkeypatch):
     """The one script without rewards: it must learn from trajectories, and leave a model the others can start from."""
-    rows = [{"problem": row["problem"], "response": f"\\boxed{{{row['answer']}}}"} for row in read_jsonl(data)]
-    path = write_jsonl(Path("trajectories.jsonl"), rows)
-    options = options_of("sft.py", model_folder, path, num_prompts=12, save_steps=1, eval_steps=1, eval_data=data)
-    done = run_script("sft.py", *options)
-    assert done.returncode == 0, done.stderr
+    finished(script, commands, monkeypatch)
     records = [record for record in read_jsonl("run/metrics.jsonl") if "loss" in record]
     assert [record["step"] for record in records] == [1, 2]
     assert records[1]["loss"] < records[0]["loss"]  # the same twelve trajectories twice

@@ -94,6 +94,13 @@ def judge(rows):
     return common.judge([text for _, text, *_ in rows], [common.Problem("?", gold) for gold, *_ in rows])
 
 
+def test_integers_need_no_worker(verifier):
+    """Its workers take seconds to start: a data set whose golds are integers, and a model that answers so, want none."""
+    pairs = [("3", "3"), ("3", "7"), ("3", ""), ("-12", "-012"), ("\\frac12", "\\frac12")]
+    verifier.start = None
+    assert verifier(pairs) == ["right", "wrong", "wrong", "right", "right"]
+
+
 def test_three_hundred_labelled_answers(verifier):
     """No hang, no dead pool, no time lost beyond the limit, and right answers stay right beside hostile ones."""
     rows = labelled()
