@@ -590,11 +590,13 @@ def run_blocks(model, ids, attention_mask, cache=None):
     """What the backbone makes of `ids` -> [B, T, D]. With a cache, `ids` are the last columns of attention_mask alone.
 
     Positions are counted over real tokens only, so that padding on either side shifts nothing. Padding on the right
-    needs no mask: causal attention does not look that way, and the fastest kernels take none.
+    needs no mask: causal attention does not look that way, and the fastest kernels take none. (In fp32 on CUDA only
+    kernels that take one do without all scores in memory.)
     """
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    right_padded = cache is None and (attention_mask.cummin(-1).values == attention_mask).all()
-    inputs = dict(input_ids=ids) | ({} if right_padded else dict(attention_mask=attention_mask, position_ids=positions))
+    inputs = dict(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
+    flash = cache is None and not (ids.is_cuda and model.dtype == torch.float32)
+    inputs = dict(input_ids=ids) if flash and (attention_mask.cummin(-1).values == attention_mask).all() else inputs
     return backbone_of(model)(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
@@ -722,68 +724,68 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     The distribution is softmax(logits / temperature) over the whole vocabulary: no top-k, top-p, min-p or penalty,
     whatever the model's generation_config says, because the loss differentiates this distribution and no other. The
     same seed gives the same samples. Rows run in waves of at most max_rollout_tokens tokens. While others wait, a wave
-    of which half has finished gives way; its other half goes on later, among rows as long: no long tail runs alone.
+    of which half has finished gives way; its other half goes on later, with others like it: no long tail runs alone.
 
     Why not transformers' continuous batching: 512 rows of Qwen3-1.7B, H200, 2026-11: generate_batch 2,046 tokens/s,
     this loop 12,730 (tests/bench_gpu.py --limit 150; no flash-attention installed).
     """
-    prompts = [ids for ids in [encode(tokenizer, prompt) for prompt in prompts] for _ in range(n)]
-    room = [[tokenizer.pad_token_id or 0] * max_completion_length] * len(prompts)  # for the longest completions
-    rollouts = assemble(prompts, room, tokenizer.pad_token_id, model.device)
-    rollouts.logps, rollouts.entropy = torch.zeros_like(rollouts.mask), torch.zeros_like(rollouts.mask)
-    ends = rollouts.attention_mask.sum(1) - max_completion_length  # [B] tokens that are there, of the prompt at first
-    size, stop = max(1, max_rollout_tokens // rollouts.ids.shape[1]), end_token_ids(model, tokenizer)
-    settings = temperature, rollouts.ids.new_tensor(stop), torch.Generator(model.device).manual_seed(seed)
-    waiting, training = torch.arange(len(prompts), device=model.device), model.training
+    prompts = [prompt for prompt in [encode(tokenizer, prompt) for prompt in prompts] for _ in range(n)]
+    contexts = [[*prompt] for prompt in prompts]  # prompt, and completion as far as it is sampled
+    ends = [len(prompt) + max_completion_length for prompt in prompts]
+    size, stop = max(1, max_rollout_tokens // max(ends)), end_token_ids(model, tokenizer)  # rows at once
+    settings = size * max(ends), temperature, stop, torch.Generator(model.device).manual_seed(seed)
+    waiting, waves, training = list(range(len(prompts))), [], model.training
     model.eval()  # with gradient checkpointing, a model in training mode silently drops its cache and samples garbage
     try:
-        while len(waiting):
-            rows, waiting = waiting[:size], waiting[size:]
-            paused = sample_wave(model, rollouts, ends, rows, size // 2 if len(waiting) else 0, *settings)
-            waiting = torch.cat([waiting, paused])
+        while waiting:
+            wave, waiting = waiting[:size], waiting[size:]
+            steps = sample_wave(model, contexts, ends, wave, size // 2 if waiting else 0, *settings)
+            waves.append([torch.cat(column) for column in zip(*steps)])  # rows, tokens and so on, step after step
+            for row, token in zip(waves[-1][0].tolist(), waves[-1][1].tolist()):
+                contexts[row].append(token)
+            waiting += [row for row in wave if contexts[row][-1] not in stop and len(contexts[row]) < ends[row]]
     finally:
         model.train(training)
-    there = torch.arange(rollouts.ids.shape[1], device=model.device) < ends[:, None]
-    rollouts.mask, rollouts.attention_mask = rollouts.mask * there, rollouts.attention_mask * there
-    for name in ("ids", "attention_mask", "mask", "logps", "entropy"):
-        setattr(rollouts, name, getattr(rollouts, name)[:, : ends.max()])
-    rollouts.lengths = rollouts.mask.sum(1).long()
-    completions = rollouts.ids[rollouts.mask.bool()].cpu().split(rollouts.lengths.tolist())
-    rollouts.finished = torch.tensor([int(completion[-1]) in stop for completion in completions], device=model.device)
+    rows, _, logps, entropy = (torch.cat(column) for column in zip(*waves))
+    order = rows.argsort(stable=True)  # row after row; stable keeps the steps of a row in order
+    completions = [context[len(prompt) :] for prompt, context in zip(prompts, contexts)]
+    rollouts = assemble(prompts, completions, tokenizer.pad_token_id, model.device)
+    rollouts.logps, rollouts.entropy = spread(rollouts.mask, logps[order]), spread(rollouts.mask, entropy[order])
+    rollouts.finished = torch.tensor([completion[-1] in stop for completion in completions], device=model.device)
     rollouts.texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
     return rollouts
 
 
-def sample_wave(model, rollouts, ends, alive, spare, temperature, stop, generator):
-    """Decode the rows `alive` of rollouts, in place, from column ends[row] on: until no more than `spare` of them are
-    unfinished, or the cache has as many columns as the rollouts -> the unfinished rows.
+def sample_wave(model, contexts, ends, rows, spare, room, temperature, stop, generator):
+    """Decode some rows from their contexts on, up to ends[row] tokens: until no more than `spare` of them go on, or the
+    cache would hold more than `room` tokens, padding included. Contexts that are equal are prefilled once and share
+    their cache; a finished row leaves the batch.
 
-    Equal beginnings are prefilled once and their cache shared by their rows; a finished row leaves the batch.
+    Yields, step by step, the rows still decoding and for each of them token, log-prob and entropy.
     """
-    cache, limits = DynamicCache(config=model.config), rollouts.attention_mask.sum(1)
-    # Left padding, -1, puts every row's last token into the last column, which predicts the next token.
-    columns = torch.arange(-int(ends[alive].max()), 0, device=model.device) + ends[alive, None]
-    ids = rollouts.ids[alive].gather(1, columns.clamp(min=0)).where(columns >= 0, -1)
-    ids, owner = ids.unique(dim=0, return_inverse=True)
-    attention_mask = (ids >= 0).long()
+    cache, device = DynamicCache(config=model.config), model.device
+    unique = {context: i for i, context in enumerate(dict.fromkeys(tuple(contexts[row]) for row in rows))}
+    owner = torch.tensor([unique[tuple(contexts[row])] for row in rows], device=device)
+    # Left padding puts every context's last token into the last column, which predicts the next token.
+    padding = [max(map(len, unique)) - len(context) for context in unique]
+    ids = torch.tensor([[0] * pad + [*context] for pad, context in zip(padding, unique)], device=device)
+    attention_mask = torch.tensor([[0] * pad + [1] * len(c) for pad, c in zip(padding, unique)], device=device)
     width = max(1, 2**15 // len(ids))  # of one pass of prefill: its memory is bounded, too
     for start in range(0, ids.shape[1], width):
-        hidden = run_blocks(model, ids[:, start : start + width].clamp(0), attention_mask[:, : start + width], cache)
+        hidden = run_blocks(model, ids[:, start : start + width], attention_mask[:, : start + width], cache)
     hidden, attention_mask = hidden[owner, -1], attention_mask[owner]  # [B, D], the state that predicts the next token
     cache.batch_select_indices(owner)
-    while True:
+    alive, left, stop = map(ids.new_tensor, (rows, [ends[row] - len(contexts[row]) for row in rows], stop))
+    for step in range(1, room + 1):
         logps = F.log_softmax(head_logits(model, hidden) / (temperature or 1.0), dim=-1)  # [alive, V]
         token = torch.multinomial(logps.exp(), 1, generator=generator) if temperature else logps.argmax(-1)[:, None]
-        here = alive, ends[alive]
-        rollouts.ids[here], rollouts.logps[here] = token.squeeze(1), logps.gather(1, token).squeeze(1)
-        rollouts.entropy[here] = -(logps.exp() * logps).sum(-1)
-        ends[alive] += 1
-        keep = (~torch.isin(token.squeeze(1), stop) & (ends[alive] < limits[alive])).nonzero().squeeze(1)
+        yield alive, token.squeeze(1), logps.gather(1, token).squeeze(1), -(logps.exp() * logps).sum(-1)
+        keep = (~torch.isin(token.squeeze(1), stop) & (left > step)).nonzero().squeeze(1)
+        if len(keep) <= spare or len(keep) * (attention_mask.shape[1] + 1) > room:
+            return
         if len(keep) < len(alive):
-            alive, token, attention_mask = alive[keep], token[keep], attention_mask[keep]
+            alive, left, token, attention_mask = (values[keep] for values in (alive, left, token, attention_mask))
             cache.batch_select_indices(keep)
-        if len(alive) <= spare or attention_mask.shape[1] == rollouts.ids.shape[1]:
-            return alive
         attention_mask = F.pad(attention_mask, (0, 1), value=1)
         hidden = run_blocks(model, token, attention_mask, cache)[:, -1]
 

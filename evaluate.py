@@ -5,9 +5,8 @@ Every model answers every held-out problem n times; the answers are kept, and al
     pass@k      chance that k of the n answers, drawn without replacement, hold a right one; with c of n right it is
                 1 - C(n-c, k) / C(n, k), unbiased, as 1 - (1 - c/n)^k is not (https://arxiv.org/abs/2107.03374)
     maj@k       accuracy of the most frequent of k answers: mean over n // k consecutive blocks of k, the rest unused.
-                Ties go to the answer sampled first; an answer that is unfinished or has no box has no vote
+                Ties go to the answer sampled first; an answer that is unfinished or gives no answer has no vote
     Self-BLEU   BLEU-4 of an answer against the others to its problem (https://arxiv.org/abs/1802.01886); 1: all alike
-    behaviours  verification, backtracking, subgoal setting and backward chaining per answer (analyze_trajectory.py)
     Rep-5       share of an answer's 5-grams of tokens that it had used before; near 1: it loops
     entropy     nats per token, of the distribution sampled from
     KL          to the model the run started from, nats per token: mean of exp(x) - x - 1, x = logp_start - logp
@@ -15,6 +14,7 @@ Means are over answers, then problems, then data sets (row 'mean'); of entropy a
 95% bootstrap intervals of avg, pass and maj redraw problems: they say nothing about other training seeds. --over_seeds
 does: runs whose names differ only in a last -NUMBER become one row, with the mean and its 95% t interval over runs.
 
+--behaviours: verification, backtracking, subgoal setting and backward chaining per answer (analyze_trajectory.py).
 --logit_statistics: mean, standard deviation and skewness of the raw logits. Entropy minimization is said to raise the
 skewness, reinforcement learning to lower it (https://arxiv.org/abs/2505.20282).
 --gradient_variance: what a baseline does to the policy gradient's variance (https://arxiv.org/abs/2505.23585).
@@ -414,7 +414,7 @@ def grade_record(record):
     return common.grade(record["texts"], [problem] * len(record["texts"]), record["finished"])
 
 
-def measure(records, ks):
+def measure(records, ks, behaviours=False):
     """Records of a sample file -> (values: metric -> one value per problem, totals over the tokens of all answers)."""
     from analyze_trajectory import count_behaviours
 
@@ -423,18 +423,18 @@ def measure(records, ks):
         rewards, lengths = grade_record(record), [len(ids) for ids in record["token_ids"]]
         texts = record["texts"]
         if "numbers" in record:  # Countdown's answers may stand between tags: they vote as if they stood in a box
-            texts = [re.sub("(?s)<answer>(.*?)</answer>", r"\\boxed{\1}", text) for text in texts]
+            texts = [re.sub(r"(?s)\A.*<answer>(.*?)</answer>.*", r"\\boxed{\1}", text) for text in texts]
         groups = group_answers([*map(common.gradable, texts, record["finished"])])
         n, right = len(rewards), rewards.count(1.0)
         values[f"avg@{n}"].append(right / n)
         for k in ks:
             values[f"pass@{k}"].append(pass_at_k(n, right, k))
-            values[f"maj@{k}"].append(maj_at_k(groups, rewards, k))
+            values[f"maj@{k}"].append(maj_at_k(groups, [float(r == 1) for r in rewards], k))
         values["response_length"].append(sum(lengths) / n)
         values["truncated_share"].append(1 - sum(record["finished"]) / n)
         values["self_bleu"].append(self_bleu(record["texts"]))
         values["repetition_5"].append(sum(map(repetition, record["token_ids"])) / n)
-        counts = [count_behaviours(text) for text in record["texts"]]
+        counts = [count_behaviours(text) for text in record["texts"]] if behaviours else [{}]
         for name in counts[0]:
             values[name].append(sum(count[name] for count in counts) / n)
         kl = math.nan if record["kl"] is None else record["kl"] * sum(lengths)
@@ -679,6 +679,7 @@ def parse(argv=None):
     add("--temperatures", type=float, nargs="+", default=[1.0], help="of sampling, one or several; 0 is greedy")
     add("--rescore", action="store_true", help="repeat this command's numbers from its samples, without any model")
     add("--overwrite", action="store_true", help="sample again although samples are there")
+    add("--behaviours", action="store_true", help="also how often answers check, go back, set subgoals, work backwards")
     add("--logit_statistics", action="store_true", help="also mean, sd, skewness and histogram of the raw logits")
     add("--gradient_variance", action="store_true", help="also the policy gradient's variance under four baselines")
     add("--probe_problems", type=int, default=16, help="problems for these two, of the first data, hottest")
@@ -734,7 +735,7 @@ def main(args):
             else:
                 draw(entry, path, data, t, args, load)
             header, records = read_samples(path, problem_limit(args, data))
-            measured[entry.label, data, t] = measure(records, args.ks)
+            measured[entry.label, data, t] = measure(records, args.ks, args.behaviours)
             seconds[entry.label] = header.get("training_seconds")
             if not measured[entry.label, data, t][0]:
                 raise common.UserError(f"{path}: holds no answer yet; run this command without --rescore first")
@@ -755,6 +756,9 @@ def main(args):
     columns |= {"KL": ("kl_to_start", 4), "Self-BLEU": ("self_bleu", 3), "Rep-5": ("repetition_5", 3)}
     columns |= {"time (s)": ("training_seconds", 0)}
     tables = [results_table(results, columns)]
+    if args.behaviours:
+        names = {f"{name.replace('_', ' ')} per answer": (name, 2) for name in count_behaviours("")}
+        tables.append(results_table(results, names))
     for models in probed.values():
         names = [name for name in next(iter(models.values())) if name != "histogram"]
         rows = [[label, *(f"{found[name]:.4g}" for name in names)] for label, found in models.items()]
@@ -765,8 +769,7 @@ def main(args):
     interval = "t interval over runs" if args.over_seeds else "bootstrap interval over problems"
     print("\n".join(tables) + f"{asked}; ±: half of the 95% {interval}; more in {folder}")
     every_k = {name: (name, 3) for kind in ("pass", "maj") for name in (f"{kind}@{k}" for k in args.ks)}
-    behaviours = {f"{name.replace('_', ' ')} per answer": (name, 2) for name in count_behaviours("")}
-    tables[1:1] = results_table(results, every_k), results_table(results, behaviours)
+    tables.insert(1, results_table(results, every_k))
     (folder / "results.md").write_text("\n".join(tables), encoding="utf-8")
     merged = dict(over_seeds=results) if args.over_seeds else {}
     common.write_json(folder / "results.json", dict(command=vars(args), results=every_run, **merged, **probed))

@@ -376,7 +376,8 @@ def main(args):
         optimizer.step(args.learning_rate * min(1.0, step / warmup) * decay)
         run.lap("optimizer")
         figures = dict(loss=total, tokens=int(tokens), **optimizer.summary())
-        del figures["updated_share"]  # where the cosine ends, updates vanish as they should: no reason to warn
+        if decay < 0.01:
+            figures["updated_share"] = None  # where the cosine ends, updates vanish as they should: no reason to warn
         run.record(step, figures)
         run.save(step)
     run.finish()

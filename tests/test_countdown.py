@@ -214,10 +214,16 @@ def test_answers_between_tags_vote_and_show_their_behaviours():
     """R1-Zero style answers have no box: without a vote of theirs, maj@k is 0 however good the model."""
     texts = ["<think>1+2=3?3-2=1~</think><answer>(1+2)+4</answer>", "<answer>4+2+1</answer>", "<answer>1+2</answer>"]
     record = dict(prompt="", gold="(1+2)+4", numbers=[1, 2, 4], target=7, texts=texts, finished=[True] * 3)
-    values, _ = evaluate.measure([record | dict(token_ids=[[1]] * 3, entropy=[0.0] * 3, kl=None)], [3])
+    record |= dict(token_ids=[[1]] * 3, entropy=[0.0] * 3, kl=None)
+    values, _ = evaluate.measure([record], [3], behaviours=True)
     assert values["maj@3"] == [1.0] and values["avg@3"] == [pytest.approx(2 / 3)]
     assert values["verification"] == values["backtracking"] == [pytest.approx(1 / 3)]
     assert values["backward_chaining"] == [0.0]
+    echo = "I put it in <answer> tags. <answer>4+2+1</answer>, so 8: \\boxed{8}"  # what is graded is what votes
+    record["texts"] = [echo, "<answer>1+2</answer>", "<answer>1+2</answer>"]
+    assert evaluate.measure([record], [3])[0]["maj@3"] == [0.0]  # well-formed is not right
+    record["texts"][1:] = [echo, "<answer>1+2</answer>"]
+    assert evaluate.measure([record], [3])[0]["maj@3"] == [1.0]
 
 
 def test_pruning_scores_countdown_from_a_file(model_folder, tmp_path):

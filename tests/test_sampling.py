@@ -153,7 +153,18 @@ def test_waves_keep_to_their_budget(tokenizer, monkeypatch):
     passes = watch_passes(model, monkeypatch)
     common.sample(model, tokenizer, PROMPTS, 8, 20, max_rollout_tokens=5 * (LONGEST + 20), seed=0)
     assert max(rows for rows, _, _ in passes) == 5
-    assert max(columns for _, _, columns in passes) < LONGEST + 20
+    assert max(rows * columns for rows, _, columns in passes) <= 5 * (LONGEST + 20)
+
+
+@torch.no_grad()
+def test_a_wave_of_unequal_contexts_keeps_to_its_budget(monkeypatch):
+    """Beside a row that goes on after a pause a new one starts far to the right: the cache could outgrow its budget."""
+    model = tiny_model()
+    passes = watch_passes(model, monkeypatch)
+    contexts, generator = [[5] * 20, [6], [7]], torch.Generator().manual_seed(0)
+    steps = list(common.sample_wave(model, contexts, [25] * 3, [0, 1, 2], 0, 3 * 25, 1.0, [], generator))
+    assert [len(rows) for rows, *_ in steps[:6]] == [3] * 5 + [2]
+    assert len(steps) < 24 and 70 < max(rows * columns for rows, _, columns in passes) <= 75
 
 
 def watch_passes(model, monkeypatch):
@@ -185,12 +196,14 @@ def test_no_long_tail_runs_alone(tokenizer, monkeypatch):
     assert (logps - rollouts.logps).abs().max() < 1e-5
 
 
-def test_long_prefills_go_in_pieces(tokenizer):
+def test_long_prefills_go_in_pieces(tokenizer, monkeypatch):
     """Paused answers are prefilled again, whole: in one pass that could take more memory than all the training."""
     model, generator = tiny_model(), torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 150, (300,), generator=generator).tolist()  # 300 x 149 tokens at once: two pieces
+    lengths = torch.randint(1, 150, (300,), generator=generator).tolist()
+    passes = watch_passes(model, monkeypatch)
     prompts = [torch.randint(3, 101, (length,), generator=generator).tolist() for length in lengths]
     rollouts = common.sample(model, tokenizer, prompts, 1, 2, seed=0)
+    assert sum(new for _, new, _ in passes) == 150 and max(rows * new for rows, new, _ in passes) <= 2**15
     with torch.no_grad():
         logps, _ = common.completion_logps(model, rollouts, range(300), 1.0)
     assert (logps - rollouts.logps).abs().max() < 1e-5
