@@ -340,10 +340,13 @@ def check_header(path, wanted):
             raise common.UserError(f"{path}: sampled with {name} {header[name]!r}, now {value!r}; {remedy}")
 
 
-def draw(entry, path, data, temperature, args, load):
-    """Append to a sample file the problems it does not hold yet, a wave of problems at a time.
+BLOCK = 8  # problems that are sampled together and then kept, at least: their long answers share the last waves
 
-    load: path -> (model, tokenizer), called only if something is missing. The seed of a wave depends on its first
+
+def draw(entry, path, data, temperature, args, load):
+    """Append to a sample file the problems it does not hold yet, a block of problems at a time.
+
+    load: path -> (model, tokenizer), called only if something is missing. The seed of a block depends on its first
     problem, not on the model or on what is there already: an interrupted file is completed as if nothing had happened.
     Raises UserError if the file holds answers to other problems, of other weights or under other settings.
     """
@@ -378,9 +381,9 @@ def draw(entry, path, data, temperature, args, load):
     except common.UserError as error:
         print(f"note: {entry.label}: no KL, its starting model cannot be loaded ({error})", file=sys.stderr)
     longest = max(len(problem.ids) for problem in kept) + s.max_completion_length
-    wave = max(1, s.max_rollout_tokens // (longest * args.num_samples))
-    blocks = [missing[i : i + wave] for i in range(0, len(missing), wave)]
-    for block in tqdm(blocks, f"{entry.label}, {data}, temperature {temperature:g}", unit="wave"):
+    size = max(BLOCK, s.max_rollout_tokens // (longest * args.num_samples))
+    blocks = [missing[i : i + size] for i in range(0, len(missing), size)]
+    for block in tqdm(blocks, f"{entry.label}, {data}, temperature {temperature:g}", unit="block"):
         prompts, limits = [problem.ids for _, problem in block], (args.num_samples, s.max_completion_length)
         seed = common.step_seed(s.seed, temperature, block[0][0], block[0][1].prompt)
         rollouts = common.sample(model, tokenizer, prompts, *limits, temperature, s.max_rollout_tokens, seed=seed)

@@ -572,8 +572,10 @@ def test_what_was_cut_off_after_its_box_has_no_vote_either():
     assert values["maj@5"] == [1.0] and values["avg@5"] == [0.2]
 
 
-def test_every_wave_draws_anew(world):
+@pytest.mark.parametrize("block", [1, 8])
+def test_every_block_draws_anew(block, world, monkeypatch):
     """One seed for all would give equal problems equal answers: fewer independent samples than claimed."""
+    monkeypatch.setattr(evaluate, "BLOCK", block)
     rows = [{"problem": "1+2=", "answer": "3"}] * 2
     Path("twins.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(world / "base", "base")
@@ -611,6 +613,7 @@ def test_rescoring_needs_neither_model_nor_data_and_gives_the_same(world, tmp_pa
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(world, monkeypatch):
     """Nothing is sampled twice, and the file ends up as that of an undisturbed evaluation, to the byte."""
+    monkeypatch.setattr(evaluate, "BLOCK", 1)
     waves = ("--max_rollout_tokens", "330")  # about two problems at a time
     evaluation(world, *waves, models=["runs/a"])
     whole = sample_files()[0].read_bytes()
@@ -629,7 +632,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(world, monkeypatch):
         file.write('{"problem": 4, "prom')  # a record cut off by a kill
     evaluation(world, *waves, models=["runs/a"])
     assert sample_files()[0].read_bytes() == whole
-    assert asked == [2, 2, 2, 2]  # the third wave was cut short, and drawn again
+    assert asked == [2, 2, 2, 2]  # the third block was cut short, and drawn again
     monkeypatch.setattr(common, "load_model", no_models)
     evaluation(world, *waves, models=["runs/a"])  # all there: nothing to load, nothing to sample
 
