@@ -599,7 +599,8 @@ def draw_results(folder, labels, results, args):
 
 
 def draw_training(path, labels, runs):
-    """Training curves (label -> run folders, averaged step by step): accuracy, entropy, length and KL against steps."""
+    """Training curves (label -> run folders, averaged step by step): accuracy, entropy, length and KL against steps.
+    Bars are 95% t intervals over three runs or more; those of two (12.7 standard errors) would hide the curves."""
     panels = []
     for ylabel, batch, held_out in (
         ("accuracy", "accuracy", "eval_accuracy"),
@@ -615,7 +616,7 @@ def draw_training(path, labels, runs):
                     points[record["step"]].append(record[name])
             if points:
                 means, intervals = zip(*map(mean_interval, points.values()))
-                curves[label] = (list(points), means, intervals if curves is lines and len(folders) > 1 else None)
+                curves[label] = (list(points), means, intervals if curves is lines and len(folders) > 2 else None)
         panels.append(("", "step", ylabel, faint | lines, {label: curve[:2] for label, curve in faint.items()}))
     draw_panels(path, labels, panels, note="marks: held-out problems at temperature 1; faint: training batches")
 
