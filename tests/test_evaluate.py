@@ -838,3 +838,18 @@ def test_seeds_become_one_row(run_folder, model_folder, monkeypatch, capsys):
     assert row["runs"] == 2 and row["intervals"]["entropy"] == [row["entropy"]] * 2  # the same seed: no spread
     assert "t interval over runs" in capsys.readouterr().out
     assert curves[0][0] == ["trained", "bupo"] and curves[0][1]["bupo"] == [Path("bupo-0"), Path("bupo-1")]
+
+
+@pytest.mark.parametrize("runs", [2, 3])
+def test_curves_carry_bars_from_three_runs_on(runs, monkeypatch):
+    """The 95% t interval of two runs is 12.7 standard errors: it would blow up the axis and hide the curves."""
+    for seed in range(runs):
+        rows = [dict(step=step, eval_accuracy=0.1 * step + 0.01 * seed) for step in (0, 2)]
+        Path(f"run-{seed}").mkdir()
+        common.append_jsonl(Path(f"run-{seed}/metrics.jsonl"), rows)
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw_panels", lambda path, labels, panels, **_: drawn.extend(panels))
+    evaluate.draw_training(Path("x.png"), ["run"], {"run": [Path(f"run-{seed}") for seed in range(runs)]})
+    steps, means, intervals = drawn[0][3]["run"]
+    assert steps == [0, 2] and means == pytest.approx([0.005 * (runs - 1), 0.2 + 0.005 * (runs - 1)])
+    assert (intervals is None) == (runs == 2)
