@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import bookkeeping
 import common
 from common import UserError
 
@@ -494,7 +495,7 @@ def main(args):
     for path in in_order(args.models):
         results.append(look_at(path, args))
         print("\n" + table(results[-1]))
-    common.write_json(folder / "entropy.json", dict(args=vars(args), models=results))
+    bookkeeping.write_json(folder / "entropy.json", dict(args=vars(args), models=results))
     figures = {"1_flow": draw_flow(results), "2_change": draw_changes(results)}
     figures |= {
         "3_answer_" + re.sub(r"[^\w.-]+", "_", result["model"]).strip("_"): draw_answer(result) for result in results

@@ -49,6 +49,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
+import bookkeeping
 import common
 from common import UserError
 
@@ -828,7 +829,7 @@ def save(args, name, result, figures):
     """Write name.json and the figures into --output_dir."""
     folder = Path(args.output_dir)
     options = {key: value for key, value in vars(args).items() if key != "run"}
-    common.write_json(folder / f"{name}.json", dict(args=options, **result))
+    bookkeeping.write_json(folder / f"{name}.json", dict(args=options, **result))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a token in a script that the font lacks: drawn as a box
         for title, figure in figures.items():

@@ -23,6 +23,7 @@ from typing import Literal
 
 import torch
 
+import bookkeeping
 import common
 from common import option
 
@@ -74,9 +75,7 @@ def advantages(rewards, lengths, estimator="group_normalised"):
     centred = rewards - rewards.mean(1, keepdim=True)
     if estimator == "group_normalised":  # GRPO; std with n - 1
         A = centred / (rewards.std(1, keepdim=True) + 1e-6)
-    elif (
-        estimator == "group_centred"
-    ):  # Dr.GRPO: no std, which would weigh up prompts that are nearly always or never solved
+    elif estimator == "group_centred":  # Dr.GRPO: a std would weigh up prompts that are nearly always or never solved
         A = centred
     elif estimator == "leave_one_out":  # RLOO: the mean of the others as baseline, which keeps the gradient unbiased
         A = centred * rewards.shape[1] / (rewards.shape[1] - 1)
@@ -91,9 +90,8 @@ def advantages(rewards, lengths, estimator="group_normalised"):
 def loss(logps, old_logps, advantages, mask, args, ref_logps=None):
     """Clipped surrogate, summed over tokens; main divides by the token count of the whole mini-batch.
 
-    logps, old_logps, ref_logps, mask: [B, T]; advantages: [B, 1] or [B, T]. Reads args.epsilon, epsilon_high, delta,
-    beta.
-    -> (scalar, metrics: sums over tokens).
+    logps, old_logps, ref_logps, mask: [B, T]; advantages: [B, 1] or [B, T].
+    Reads args.epsilon, epsilon_high, delta, beta. -> (scalar, metrics: sums over tokens).
     """
     # The clamp keeps exp finite: log-probs of an unconverged policy can be a hundred nats apart.
     ratio = torch.exp(torch.clamp(logps - old_logps, -20, 20))
@@ -124,7 +122,7 @@ def main(args):
         import sft
 
         sft.ensure_embedded()
-    run = common.Run(args)
+    run = bookkeeping.Run(args)
     layer = args.internal_layer
     if layer == "auto":  # the last block whose feed-forward net adds entropy, in the starting model
         from analyze_entropy import auto_layer

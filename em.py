@@ -29,6 +29,7 @@ from typing import Literal
 
 import torch
 
+import bookkeeping
 import common
 from common import option
 
@@ -88,7 +89,7 @@ def main(args):
         import sft
 
         sft.ensure_embedded()
-    run = common.Run(args)
+    run = bookkeeping.Run(args)
     model, tokenizer, optimizer = run.load(common.load_problems(args.data, "train", 0, args.system_prompt, False))
     kept = len(run.problems) - min(256, len(run.problems) // 2)
     run.problems, validation = run.problems[:kept], run.problems[kept:]
@@ -98,12 +99,12 @@ def main(args):
         saved = run.folder / "candidates.json"
         table = json.loads(saved.read_text()) if run.start else candidates(model, tokenizer, run.problems, args)
         run.folder.mkdir(parents=True, exist_ok=True)
-        common.write_json(saved, table)
+        bookkeeping.write_json(saved, table)
         print(*table[:10], sep="\n")
         run.problems = [run.problems[row["index"]] for row in table[: args.num_prompts]]
     elif args.num_prompts == 1:
         run.problems = [run.problems[args.prompt_index]]
-    records = common.read_log(run.folder / "metrics.jsonl", run.start)
+    records = bookkeeping.read_log(run.folder / "metrics.jsonl", run.start)
     best = max((record.get("validation_accuracy") or 0.0 for record in records), default=0.0)
 
     for step, problems in run.steps():

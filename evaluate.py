@@ -42,6 +42,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import bookkeeping
 import common
 
 # Options in which an evaluation follows the runs' training, unless the command line says otherwise.
@@ -274,7 +275,7 @@ def find_run(path):
             raise common.UserError(f"{path}: no such folder; pass a run folder, a model folder or a hub id")
         return None
     run = next((f for f in (folder, folder.parent) if (f / "args.json").is_file()), None)
-    if run and (run == folder or folder.name.startswith("checkpoint-")) and not common.step_of(folder):
+    if run and (run == folder or folder.name.startswith("checkpoint-")) and not bookkeeping.step_of(folder):
         raise common.UserError(f"{path}: unfinished, no trainer_state.json; repeat its training command to finish it")
     return run
 
@@ -359,7 +360,7 @@ def draw(entry, path, data, temperature, args, load):
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a last line cut off by a kill
     if not path.is_file() or not path.stat().st_size:
-        common.append_jsonl(path, [header | dict(training_seconds=training_seconds(entry.path))])
+        bookkeeping.append_jsonl(path, [header | dict(training_seconds=training_seconds(entry.path))])
         for name in PROBES:
             probe_file(path, name).unlink(missing_ok=True)
     check_header(path, header)
@@ -402,7 +403,7 @@ def draw(entry, path, data, temperature, args, load):
             record["entropy"] = rollouts.entropy[rows].sum(1).tolist()  # nats, summed over the tokens of an answer
             record["kl"] = kl  # nats per token, over all tokens of the record
             records.append(record)
-        common.append_jsonl(path, records)
+        bookkeeping.append_jsonl(path, records)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,7 +462,7 @@ def score(measured, seed):
 
 def training_seconds(path):
     """Time that a run spent in training steps, without evaluations and saving; None for a model that is no run."""
-    steps = [record["seconds"] for record in common.read_log(Path(path) / "metrics.jsonl") if "seconds" in record]
+    steps = [record["seconds"] for record in bookkeeping.read_log(Path(path) / "metrics.jsonl") if "seconds" in record]
     return sum(steps) if steps and path != str(common.EMBEDDED_MODEL) else None
 
 
@@ -511,7 +512,7 @@ def probe(name, entry, path, temperature, args, load):
         rewards = torch.tensor([grade_record(record) for record in records], dtype=torch.float64)
         squares, mean_square = gradient_moments(model, rollouts, rewards, temperature)
         found = gradient_variance(squares, rewards, rollouts.lengths.view(rewards.shape).cpu().double(), mean_square)
-    common.write_json(kept, found | dict(problems=args.probe_problems))
+    bookkeeping.write_json(kept, found | dict(problems=args.probe_problems))
     return json.loads(kept.read_text())
 
 
@@ -611,7 +612,7 @@ def draw_training(path, labels, runs):
         faint, lines = {}, {}
         for (label, folders), (name, curves) in itertools.product(runs.items(), ((batch, faint), (held_out, lines))):
             points = defaultdict(list)  # step -> a value per run
-            for record in itertools.chain.from_iterable(common.read_log(run / "metrics.jsonl") for run in folders):
+            for record in itertools.chain.from_iterable(bookkeeping.read_log(run / "metrics.jsonl") for run in folders):
                 if record.get(name) is not None:
                     points[record["step"]].append(record[name])
             if points:
@@ -776,7 +777,7 @@ def main(args):
     tables.insert(1, results_table(results, every_k))
     (folder / "results.md").write_text("\n".join(tables), encoding="utf-8")
     merged = dict(over_seeds=results) if args.over_seeds else {}
-    common.write_json(folder / "results.json", dict(command=vars(args), results=every_run, **merged, **probed))
+    bookkeeping.write_json(folder / "results.json", dict(command=vars(args), results=every_run, **merged, **probed))
 
     # 3. Figures.
     draw_results(folder, labels, results, args)

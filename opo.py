@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
+import bookkeeping
 import common
 from common import option
 
@@ -78,7 +79,7 @@ def main(args):
         import sft
 
         sft.ensure_embedded()
-    run = common.Run(args)
+    run = bookkeeping.Run(args)
     model, tokenizer, optimizer = run.load()
 
     for step, problems in run.steps():

@@ -36,6 +36,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import bookkeeping
 import common
 from common import option
 
@@ -146,7 +147,7 @@ def build_embedded(folder, seed=0):
 def ensure_embedded():
     """Build the embedded model, or finish building it, unless it is there."""
     args = Args(**EMBEDDED)
-    if common.step_of(Path(args.output_dir)) < args.max_steps:
+    if bookkeeping.step_of(Path(args.output_dir)) < args.max_steps:
         main(args)
 
 
@@ -358,7 +359,7 @@ def main(args):
         if args.overwrite or not (start / "tokenizer.json").exists():
             build_embedded(start, args.seed)
         args = dataclasses.replace(args, model=str(start))
-    run = common.Run(args)
+    run = bookkeeping.Run(args)
     model, tokenizer, optimizer = run.load(load_trajectories(args.data, args.system_prompt, args.problems, args.direct))
 
     for step, trajectories in run.steps():

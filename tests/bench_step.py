@@ -146,10 +146,11 @@ def run_grpo(model_folder, options, prompts, steps, scores, between=lambda: None
     """Seconds of every step of grpo.main, and its log; `between` runs before each."""
     from unittest import mock
 
+    import bookkeeping
     import common
     import grpo
 
-    times, real_steps = [], common.Run.steps
+    times, real_steps = [], bookkeeping.Run.steps
 
     def steps_in_turns(run):
         for given in real_steps(run):
@@ -165,13 +166,13 @@ def run_grpo(model_folder, options, prompts, steps, scores, between=lambda: None
     args |= dict(num_prompts=P, num_generations=G, max_steps=steps, learning_rate=1e-6)
     args |= dict(save_steps=0, eval_steps=0, overwrite=True)
     with (
-        mock.patch.object(common.Run, "steps", steps_in_turns),
+        mock.patch.object(bookkeeping.Run, "steps", steps_in_turns),
         mock.patch.object(common, "judge", lambda *_: ["right" if score else "wrong" for score in scores]),
-        mock.patch.object(common, "draw_curves", lambda folder: None),
+        mock.patch.object(bookkeeping, "draw_curves", lambda folder: None),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         grpo.main(grpo.Args(**args | options))
-    log = common.read_log(model_folder / "run" / "metrics.jsonl")
+    log = bookkeeping.read_log(model_folder / "run" / "metrics.jsonl")
     assert all(record["optimizer_steps"] for record in log), "a step that trained nothing was timed"
     return times, log
 

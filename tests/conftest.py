@@ -25,6 +25,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import bookkeeping
 import common
 import sft
 
@@ -48,7 +49,7 @@ def clean_surroundings(tmp_path, monkeypatch):
     Curves are drawn by the commands that test_scripts.py starts; in process, drawing would take longer than training.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "draw_curves", lambda folder: None)
+    monkeypatch.setattr(bookkeeping, "draw_curves", lambda folder: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():

@@ -24,6 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bookkeeping
 import common
 import evaluate
 import grpo
@@ -538,7 +539,7 @@ def test_a_start_that_is_gone_costs_the_kl_and_nothing_else(world, monkeypatch, 
     """And no time: a missing folder is not looked up on the hub, which takes a minute without a network."""
     shutil.copytree(world / "runs" / "a", "runs/a")
     trained = json.loads(Path("runs/a/args.json").read_text())
-    common.write_json(Path("runs/a/args.json"), trained | {"model": "runs/gone"})
+    bookkeeping.write_json(Path("runs/a/args.json"), trained | {"model": "runs/gone"})
     load, asked = common.load_model, []
     monkeypatch.setattr(common, "load_model", lambda path, *rest: asked.append(path) or load(path, *rest))
     shutil.copy(world / "held_out.jsonl", "held_out.jsonl")
@@ -675,7 +676,7 @@ def test_a_line_separator_inside_an_answer_is_no_end_of_a_record(world):
     header, records = evaluate.read_samples(path)
     records = [record | {"texts": [text + "\u2028\x85" for text in record["texts"]]} for record in records]
     path.unlink()
-    common.append_jsonl(path, [header, *records])
+    bookkeeping.append_jsonl(path, [header, *records])
     assert list(evaluate.read_samples(path)[1]) == records
 
 
@@ -728,12 +729,12 @@ def test_a_model_built_from_nothing_is_a_start_itself(world):
     """As sft.py leaves the embedded model: its run began with random weights inside its own folder."""
     shutil.copytree(world / "runs" / "a", "tiny")
     trained = json.loads(Path("tiny/args.json").read_text())
-    common.write_json(Path("tiny/args.json"), trained | {"model": "runs/tiny/start", "output_dir": "runs/tiny"})
+    bookkeeping.write_json(Path("tiny/args.json"), trained | {"model": "runs/tiny/start", "output_dir": "runs/tiny"})
     entry = evaluate.read_entries(evaluate.parse(["tiny"]))[0]
     assert entry.run is None and entry.settings.max_completion_length == 64
     # A run that sampled nothing (sft.py on trajectories) has a start, but its length limit was never used.
     imitated = {name: value for name, value in trained.items() if name != "num_generations"}
-    common.write_json(Path("tiny/args.json"), imitated | {"max_completion_length": 8192})
+    bookkeeping.write_json(Path("tiny/args.json"), imitated | {"max_completion_length": 8192})
     entry = evaluate.read_entries(evaluate.parse(["tiny"]))[0]
     assert entry.run == Path("tiny") and entry.settings.max_completion_length == 64
 
@@ -748,7 +749,7 @@ def test_the_embedded_model_is_asked_arithmetic_it_was_not_trained_on(world):
 def test_unequal_lengths_allowed_are_said(world, tmp_path, capsys):
     shutil.copytree(world / "runs" / "b", "longer")
     trained = json.loads(Path("longer/args.json").read_text())
-    common.write_json(Path("longer/args.json"), trained | {"max_completion_length": 14})
+    bookkeeping.write_json(Path("longer/args.json"), trained | {"max_completion_length": 14})
     evaluate.read_entries(evaluate.parse([str(world / "runs" / "a"), "longer"]))
     notes = capsys.readouterr().err.splitlines()
     assert notes[0] == "note: different max_completion_length: a 12, longer 14" and "different data" in notes[1]
@@ -846,7 +847,7 @@ def test_curves_carry_bars_from_three_runs_on(runs, monkeypatch):
     for seed in range(runs):
         rows = [dict(step=step, eval_accuracy=0.1 * step + 0.01 * seed) for step in (0, 2)]
         Path(f"run-{seed}").mkdir()
-        common.append_jsonl(Path(f"run-{seed}/metrics.jsonl"), rows)
+        bookkeeping.append_jsonl(Path(f"run-{seed}/metrics.jsonl"), rows)
     drawn = []
     monkeypatch.setattr(evaluate, "draw_panels", lambda path, labels, panels, **_: drawn.extend(panels))
     evaluate.draw_training(Path("x.png"), ["run"], {"run": [Path(f"run-{seed}") for seed in range(runs)]})

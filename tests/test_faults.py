@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import arguments, read_jsonl, write_jsonl
 
+import bookkeeping
 import common
 import grpo
 import sft
@@ -130,5 +131,5 @@ def test_the_share_of_surviving_updates():
         optimizer.step()
         summary = optimizer.summary()
         assert summary["updated_share"] == share
-        assert common.FAULTS["vanishing updates"][0](summary) == (share == 0.0)
+        assert bookkeeping.FAULTS["vanishing updates"][0](summary) == (share == 0.0)
         assert optimizer.summary()["updated_share"] is None  # of no update

@@ -8,6 +8,7 @@ import pytest
 from conftest import arguments, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
+import bookkeeping
 import common
 import grpo
 import sft
@@ -351,7 +352,7 @@ def test_imitation_trains_the_end_token(tokenizer):
 
 
 def run_over(n, model_folder, data, **options):
-    run = common.Run(arguments(grpo, model_folder, data, **options))
+    run = bookkeeping.Run(arguments(grpo, model_folder, data, **options))
     run.problems = list(range(n))
     return run
 

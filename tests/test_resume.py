@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, arguments, read_jsonl, write_jsonl
 from safetensors.torch import load_file
 
+import bookkeeping
 import bupo
 import common
 import grpo
@@ -33,14 +34,14 @@ def settings(script, model_folder, data, **options):
 
 def stop_after(step, monkeypatch):
     """Ctrl-C while this step is running."""
-    real_save = common.Run.save
+    real_save = bookkeeping.Run.save
 
     def save(run, current):
         if current == step:
             signal.raise_signal(signal.SIGINT)
         real_save(run, current)
 
-    monkeypatch.setattr(common.Run, "save", save)
+    monkeypatch.setattr(bookkeeping.Run, "save", save)
 
 
 def learned(folder):
@@ -68,7 +69,7 @@ def test_resumed_run_is_the_uninterrupted_one(name, stop, model_folder, data, mo
         with pytest.raises(SystemExit) as end:
             script.main(settings(script, model_folder, data, output_dir="cut"))
     assert end.value.code == 130 and "resume" in capsys.readouterr().err.splitlines()[-1]
-    assert common.step_of(Path(f"cut/checkpoint-{stop}")) == stop and not Path("cut/model.safetensors").exists()
+    assert bookkeeping.step_of(Path(f"cut/checkpoint-{stop}")) == stop and not Path("cut/model.safetensors").exists()
     script.main(settings(script, model_folder, data, output_dir="cut"))
     assert_same("cut", "whole")
     steps = [record["step"] for record in read_jsonl("cut/metrics.jsonl") if "reward" in record]
@@ -90,7 +91,7 @@ def test_imitation_resumes_with_its_schedule(model_folder, data, monkeypatch):
 def test_a_crash_loses_only_the_steps_since_the_checkpoint(model_folder, data, monkeypatch):
     """Steps logged after the last checkpoint are trained again: their lines must not stand in the log twice."""
     bupo.main(settings(bupo, model_folder, data, output_dir="whole"))
-    real_save = common.Run.save
+    real_save = bookkeeping.Run.save
 
     def save(run, step):
         if step == 3:
@@ -98,7 +99,7 @@ def test_a_crash_loses_only_the_steps_since_the_checkpoint(model_folder, data, m
         real_save(run, step)
 
     with monkeypatch.context() as m:
-        m.setattr(common.Run, "save", save)
+        m.setattr(bookkeeping.Run, "save", save)
         with pytest.raises(MemoryError):
             bupo.main(settings(bupo, model_folder, data, output_dir="cut", save_steps=2))
     assert read_jsonl("cut/metrics.jsonl")[-1]["step"] == 3
@@ -174,7 +175,7 @@ def test_fewer_steps_than_trained_are_not_claimed(model_folder, data, monkeypatc
         with pytest.raises(SystemExit):
             grpo.main(settings(grpo, model_folder, data, output_dir="cut"))
     grpo.main(settings(grpo, model_folder, data, output_dir="cut", max_steps=2))
-    assert common.step_of(Path("cut")) == 3
+    assert bookkeeping.step_of(Path("cut")) == 3
     grpo.main(settings(grpo, model_folder, data, output_dir="cut"))
     assert_same("cut", "whole")
 
@@ -247,7 +248,7 @@ def test_checkpoints_beyond_the_limit_go(model_folder, data):
 
 def train(options):
     """Run in a process of its own, to be killed."""
-    common.draw_curves = lambda folder: None
+    bookkeeping.draw_curves = lambda folder: None
     bupo.main(options)
 
 
@@ -319,7 +320,7 @@ def test_a_full_disk_costs_no_checkpoint(room, model_folder, data, monkeypatch, 
 def test_a_full_disk_while_logging_is_one_line(capsys):
     """The log is written at every step: mostly it, not the checkpoint, meets the full disk first."""
     with pytest.raises(SystemExit) as end, common.one_line_errors():
-        common.append_jsonl("/dev/full", [{"step": 1}])
+        bookkeeping.append_jsonl("/dev/full", [{"step": 1}])
     assert end.value.code == 2 and "No space left" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -363,7 +364,7 @@ def test_a_signal_while_the_final_model_is_written_does_not_cut_it(model_folder,
 
     monkeypatch.setattr(os, "rename", rename)
     grpo.main(settings(grpo, model_folder, data, save_steps=0))
-    assert common.step_of(Path("run")) == 4
+    assert bookkeeping.step_of(Path("run")) == 4
 
 
 def test_extending_a_finished_run_keeps_it_until_the_new_one_is_whole(model_folder, data, monkeypatch):

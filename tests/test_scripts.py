@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, SMALL, TOKENIZER, arguments, command_line, read_jsonl, run_script, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import bookkeeping
 import bupo
 import common
 import grpo
@@ -149,14 +150,14 @@ def test_the_embedded_model_is_built_once(monkeypatch):
     monkeypatch.setattr(common, "arithmetic", lambda split, n, seed=0: arithmetic(split, min(n, 40), seed))
     monkeypatch.setattr(sft, "EMBEDDED", sft.EMBEDDED | dict(max_steps=3, num_prompts=4, save_steps=1))
     settings = {k: v for k, v in (grpo.EMBEDDED | SMALL).items() if k in grpo.Args.__dataclass_fields__}
-    real_save, saved = common.Run.save, []
+    real_save, saved = bookkeeping.Run.save, []
 
     def save(run, step):
         saved.append(step)
         run.stop_signal = signal.SIGINT if saved == [1, 2] else None
         real_save(run, step)
 
-    monkeypatch.setattr(common.Run, "save", save)
+    monkeypatch.setattr(bookkeeping.Run, "save", save)
     with pytest.raises(SystemExit):
         grpo.main(grpo.Args(**settings | dict(output_dir="one")))
     assert not Path("one").exists()
