@@ -41,6 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -754,6 +755,31 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     return rollouts
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values of a layer with free columns behind them: an eighth of what they hold, and 16. Its parent copies
+    all it holds for every new token, which at thousands of tokens costs more than attending to it."""
+
+    def update(self, keys, values, *args, **kwargs):
+        """Take in the keys and values [B, heads, T, head_dim] of T new tokens -> all that are held."""
+        if self.is_initialized:
+            self.keys, self.values = appended(self.keys, keys), appended(self.values, values)
+            return self.keys, self.values
+        return super().update(keys, values)
+
+
+def appended(held, new):
+    """torch.cat of both along the columns, without a copy of `held` where its memory goes on far enough."""
+    B, heads, T, D = held.shape
+    end = T + new.shape[2]
+    if held.stride(1) < end * D:  # how far the next head's columns are away
+        room = held.new_empty(B, heads, end + end // 8 + 16, D)
+        room[:, :, :T] = held
+        held = room[:, :, :T]
+    both = held.as_strided((B, heads, end, D), held.stride())
+    both[:, :, T:] = new
+    return both
+
+
 def sample_wave(model, contexts, ends, rows, spare, room, temperature, stop, generator):
     """Decode some rows from their contexts on, up to ends[row] tokens: until no more than `spare` of them go on, or the
     cache would hold more than `room` tokens, padding included. Contexts that are equal are prefilled once and share
@@ -762,6 +788,7 @@ def sample_wave(model, contexts, ends, rows, spare, room, temperature, stop, gen
     Yields, step by step, the rows still decoding and for each of them token, log-prob and entropy.
     """
     cache, device = DynamicCache(config=model.config), model.device
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     unique = {context: i for i, context in enumerate(dict.fromkeys(tuple(contexts[row]) for row in rows))}
     owner = torch.tensor([unique[tuple(contexts[row])] for row in rows], device=device)
     # Left padding puts every context's last token into the last column, which predicts the next token.
@@ -776,8 +803,10 @@ def sample_wave(model, contexts, ends, rows, spare, room, temperature, stop, gen
     alive, left, stop = map(ids.new_tensor, (rows, [ends[row] - len(contexts[row]) for row in rows], stop))
     for step in range(1, room + 1):
         logps = F.log_softmax(head_logits(model, hidden) / (temperature or 1.0), dim=-1)  # [alive, V]
-        token = torch.multinomial(logps.exp(), 1, generator=generator) if temperature else logps.argmax(-1)[:, None]
-        yield alive, token.squeeze(1), logps.gather(1, token).squeeze(1), -(logps.exp() * logps).sum(-1)
+        probs = logps.exp()
+        token = torch.multinomial(probs, 1, generator=generator) if temperature else logps.argmax(-1)[:, None]
+        yield alive, token.squeeze(1), logps.gather(1, token).squeeze(1), -(probs * logps).sum(-1)
+        del logps, probs  # as large as the vocabulary: not beside the next pass
         keep = (~torch.isin(token.squeeze(1), stop) & (left > step)).nonzero().squeeze(1)
         if len(keep) <= spare or len(keep) * (attention_mask.shape[1] + 1) > room:
             return

@@ -85,6 +85,18 @@ def sampling(model, rate):
     }
 
 
+def cudnn_attention(model, rate):
+    """What switching that kernel off is worth (common.py, section 4)."""
+    prompts, tokenizer, times = random_prompts(model), mock.Mock(eos_token_id=None, pad_token_id=0), []
+    try:
+        for enabled in (False, True):
+            torch.backends.cuda.enable_cudnn_sdp(enabled)
+            times.append(seconds(lambda: common.sample(model, tokenizer, prompts, SAMPLES, NEW_TOKENS // 8)))
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return {"sampling with cuDNN's attention takes, times as long": f"{times[1] / times[0]:.1f}"}
+
+
 def continuous_batching(model, rate):
     """transformers' generate_batch; its start-up, timed by a run of one token, is told apart."""
     # Prompts repeated: of num_return_sequences, transformers 5.17 hands back one sample per prompt only.
@@ -196,7 +208,7 @@ def measure(model, rate, limit):
     model.generation_config.eos_token_id, figures = None, {}
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    for measurement in (sampling, training, internal_step, optimizers, continuous_batching):
+    for measurement in (sampling, cudnn_attention, training, internal_step, optimizers, continuous_batching):
         found = attempt(measurement, limit, model, rate)
         figures |= found
         print("\n".join(f"  {label:52} {text}" for label, text in found.items()), flush=True)

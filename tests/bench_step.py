@@ -203,6 +203,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl_python", default="", help="the python of an environment that has TRL")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--only", default="", help="models whose names hold this: embedded, equal, skewed, '30 M'")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -216,8 +217,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         models = build_models(Path(folder))
         torch.set_num_threads(2)
-        for name, settings in models.items():
-            compare(name, *settings, args.trl_python, args.steps)
+        for name in filter(lambda name: args.only in name, models):
+            compare(name, *models[name], args.trl_python, args.steps)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,20 @@ def test_a_wave_of_unequal_contexts_keeps_to_its_budget(monkeypatch):
     assert len(steps) < 24 and 70 < max(rows * columns for rows, _, columns in passes) <= 75
 
 
+def test_the_cache_grows_in_place():
+    """torch.cat copies every earlier key and value for each new token: work that is quadratic in the length."""
+    layer, states, buffers = common.GrowingLayer(), torch.randn(3, 2, 500, 4), []
+    for t in range(1, 501):
+        keys, values = layer.update(states[:, :, t - 1 : t], -states[:, :, t - 1 : t])
+        assert torch.equal(keys, states[:, :, :t]) and torch.equal(values, -keys)
+        buffers.append(keys)  # held, so that no address is used twice
+    assert len({keys.data_ptr() for keys in buffers}) < 20
+    assert keys.untyped_storage().nbytes() <= 4 * states.numel() * (1 + 1 / 8) + 4 * 3 * 2 * 4 * 17
+    layer.batch_select_indices(torch.tensor([2, 0]))  # a row has finished: the others go on
+    keys, values = layer.update(states[[2, 0], :, :7], -states[[2, 0], :, :7])  # several at once, too
+    assert torch.equal(keys, torch.cat([states, states[:, :, :7]], 2)[[2, 0]]) and torch.equal(values, -keys)
+
+
 def watch_passes(model, monkeypatch):
     """A list that grows with every pass of the sampler: (rows, new tokens of each, columns of the cache)."""
     passes, forward = [], type(model.model).forward
