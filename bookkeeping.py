@@ -55,7 +55,9 @@ class Run:
     def __init__(self, args):
         self.args, self.folder, self.stop_signal, self.faults = args, Path(args.output_dir), None, {}
         common.verifier.seconds = args.grade_timeout
-        if self.folder.is_dir() and Path(args.model).is_dir() and self.folder.samefile(args.model):
+        with mendable(f"--output_dir {self.folder}: cannot be read", "pass another folder", OSError):
+            self.folder.exists()
+        if self.folder.is_dir() and os.path.isdir(args.model) and self.folder.samefile(args.model):
             raise UserError(f"--output_dir {self.folder}: is --model too; pass another folder")
         if step_of(self.folder) >= args.max_steps and not args.overwrite:
             sys.exit(print(f"{self.folder}: finished; --overwrite trains again, --output_dir elsewhere"))

@@ -148,7 +148,7 @@ class RunArgs:
 def is_embedded(model):
     """True for 'embedded' and for any folder trained from it (its config carries the mark)."""
     config = Path(model) / "config.json"
-    return model == "embedded" or (config.is_file() and '"embedded": true' in config.read_text(errors="replace"))
+    return model == "embedded" or (os.path.isfile(config) and '"embedded": true' in config.read_text(errors="replace"))
 
 
 def parse(Args, EMBEDDED, argv=None):
@@ -203,7 +203,7 @@ def arithmetic(split, n, seed=0):
 
 def read_rows(source, split="train"):
     """Yield (where, row) of a .jsonl file, local or hf://, or a hub data set. Raises UserError naming file and line."""
-    if not source.startswith("hf://") and not source.endswith((".json", ".jsonl")) and not Path(source).exists():
+    if not source.startswith("hf://") and not source.endswith((".json", ".jsonl")) and not os.path.exists(source):
         with mendable(f"{source}: no such file", "if it is a hub data set, `pip install datasets` first", ImportError):
             from datasets import load_dataset
         with mendable(f"{source}, split {split}: cannot be loaded", "check the name"):
@@ -544,7 +544,7 @@ def load_model(path, device="auto", dtype="auto"):
     folder = EMBEDDED_MODEL if path == "embedded" else Path(path)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    if folder.is_dir() and not [*folder.glob("token*.*"), *folder.glob("vocab.*")]:
+    if os.path.isdir(folder) and not [*folder.glob("token*.*"), *folder.glob("vocab.*")]:
         raise UserError(f"--model {folder}: no tokenizer in this folder; put one there with tokenizer.save_pretrained")
     with mendable(f"--model {folder}: cannot be loaded", "check name and network"):  # also cut off, or of unknown kind
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
