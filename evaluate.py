@@ -271,7 +271,8 @@ def find_run(path):
     folder = Path(path)
     if not os.path.isdir(folder):
         # 'runs/grpo' could be a hub id, but not where there is a folder 'runs'.
-        if os.path.exists(folder) or path[:1] in "./" or path.count("/") > 1 or ("/" in path and folder.parent.is_dir()):
+        local = path[:1] in "./" or path.count("/") > 1 or ("/" in path and os.path.isdir(folder.parent))
+        if local or os.path.exists(folder):
             raise common.UserError(f"{path}: no such folder; pass a run folder, a model folder or a hub id")
         return None
     run = next((f for f in (folder, folder.parent) if (f / "args.json").is_file()), None)
