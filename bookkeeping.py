@@ -1,6 +1,6 @@
 """The run folder: data order, clock, logs, warnings, evaluations, checkpoints, resume, curves.
 
-Nothing here knows what is trained or why: it calls common.py and is called by the training scripts. Read it when a run
+Nothing here knows what is trained or why: it calls common.py and is called by the scripts. Read it when a run
 must be stopped, resumed or trusted; for the algorithms it can be skipped.
 """
 
@@ -55,9 +55,7 @@ class Run:
     def __init__(self, args):
         self.args, self.folder, self.stop_signal, self.faults = args, Path(args.output_dir), None, {}
         common.verifier.seconds = args.grade_timeout
-        with mendable(f"--output_dir {self.folder}: cannot be read", "pass another folder", OSError):
-            self.folder.exists()
-        if self.folder.is_dir() and os.path.isdir(args.model) and self.folder.samefile(args.model):
+        if self.folder.is_dir() and Path(args.model).is_dir() and self.folder.samefile(args.model):
             raise UserError(f"--output_dir {self.folder}: is --model too; pass another folder")
         if step_of(self.folder) >= args.max_steps and not args.overwrite:
             sys.exit(print(f"{self.folder}: finished; --overwrite trains again, --output_dir elsewhere"))

@@ -72,8 +72,8 @@ def mendable(problem, remedy, errors=Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A UserError, a full disk or a full GPU becomes one line on stderr and exit status 2. Other exceptions are bugs
-    and keep their traceback."""
+    """A UserError, a full disk or GPU or too long a path becomes one line on stderr and exit status 2. Other exceptions
+    are bugs and keep their traceback."""
     try:
         yield
         return
@@ -84,9 +84,11 @@ def one_line_errors():
         option = "--max_rollout_tokens" if sampling else "--micro_batch_tokens, or try --optimizer_device cpu"
         message = f"out of GPU memory while {'sampling' if sampling else 'training'}: lower {option}; then resume"
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        if not full and error.errno != errno.ENAMETOOLONG:
             raise
-        message = f"{error.filename or '--output_dir'}: {error.strerror}; free some space, then repeat the command"
+        remedy = "free some space, then repeat the command" if full else "shorten it"
+        message = f"{error.filename or '--output_dir'}: {error.strerror}; {remedy}"
     for bar in [*tqdm._instances]:  # the error must not stand at the end of a progress bar
         bar.close()
     sys.exit(print("error: " + " ".join(message.split()), file=sys.stderr) or 2)
@@ -148,7 +150,7 @@ class RunArgs:
 def is_embedded(model):
     """True for 'embedded' and for any folder trained from it (its config carries the mark)."""
     config = Path(model) / "config.json"
-    return model == "embedded" or (os.path.isfile(config) and '"embedded": true' in config.read_text(errors="replace"))
+    return model == "embedded" or (config.is_file() and '"embedded": true' in config.read_text(errors="replace"))
 
 
 def parse(Args, EMBEDDED, argv=None):
@@ -203,7 +205,7 @@ def arithmetic(split, n, seed=0):
 
 def read_rows(source, split="train"):
     """Yield (where, row) of a .jsonl file, local or hf://, or a hub data set. Raises UserError naming file and line."""
-    if not source.startswith("hf://") and not source.endswith((".json", ".jsonl")) and not os.path.exists(source):
+    if not source.startswith("hf://") and not source.endswith((".json", ".jsonl")) and not Path(source).exists():
         with mendable(f"{source}: no such file", "if it is a hub data set, `pip install datasets` first", ImportError):
             from datasets import load_dataset
         with mendable(f"{source}, split {split}: cannot be loaded", "check the name"):
@@ -544,7 +546,7 @@ def load_model(path, device="auto", dtype="auto"):
     folder = EMBEDDED_MODEL if path == "embedded" else Path(path)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    if os.path.isdir(folder) and not [*folder.glob("token*.*"), *folder.glob("vocab.*")]:
+    if folder.is_dir() and not [*folder.glob("token*.*"), *folder.glob("vocab.*")]:
         raise UserError(f"--model {folder}: no tokenizer in this folder; put one there with tokenizer.save_pretrained")
     with mendable(f"--model {folder}: cannot be loaded", "check name and network"):  # also cut off, or of unknown kind
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -726,7 +728,8 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     of which half has finished gives way; its other half goes on later, with others like it: no long tail runs alone.
 
     Why not transformers' continuous batching: 512 rows of Qwen3-1.7B, H200, 2026-11: generate_batch 2,046 tokens/s,
-    this loop 12,730 (tests/bench_gpu.py --limit 150; no flash-attention installed).
+    this loop, when the cache was still copied for every token, 12,730 (tests/bench_gpu.py --limit 150; no
+    flash-attention installed).
     """
     prompts = [prompt for prompt in [encode(tokenizer, prompt) for prompt in prompts] for _ in range(n)]
     contexts = [[*prompt] for prompt in prompts]  # prompt, and completion as far as it is sampled
@@ -756,28 +759,45 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer with free columns behind them: an eighth of what they hold, and 16. Its parent copies
-    all it holds for every new token, which at thousands of tokens costs more than attending to it."""
+    """Keys and values of a layer with columns in reserve behind them, an eighth of what they hold and 16, as far as
+    `room` tokens allow. Its parent copies all it holds for every new token, which at thousands of tokens costs more
+    than attending to it."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room  # rows times columns
 
     def update(self, keys, values, *args, **kwargs):
         """Take in the keys and values [B, heads, T, head_dim] of T new tokens -> all that are held."""
-        if self.is_initialized:
-            self.keys, self.values = appended(self.keys, keys), appended(self.values, values)
-            return self.keys, self.values
-        return super().update(keys, values)
+        if not self.is_initialized:
+            return super().update(keys, values)
+        self.keys = appended(self.keys, keys, self.room)  # one, then the other: only one of them is ever held twice
+        self.values = appended(self.values, values, self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        """Keep these rows, in this order; a row may be kept several times."""
+        self.keys, self.values = selected(self.keys, indices), selected(self.values, indices)
 
 
-def appended(held, new):
+def appended(held, new, room):
     """torch.cat of both along the columns, without a copy of `held` where its memory goes on far enough."""
     B, heads, T, D = held.shape
     end = T + new.shape[2]
     if held.stride(1) < end * D:  # how far the next head's columns are away
-        room = held.new_empty(B, heads, end + end // 8 + 16, D)
-        room[:, :, :T] = held
-        held = room[:, :, :T]
+        larger = held.new_empty(B, heads, max(end, min(end + end // 8 + 16, room // B)), D)
+        larger[:, :, :T] = held
+        held = larger[:, :, :T]
     both = held.as_strided((B, heads, end, D), held.stride())
     both[:, :, T:] = new
     return both
+
+
+def selected(held, indices):
+    """held[indices], with the columns in reserve, unless the rows become more: they would fill another reserve."""
+    B, heads, T, D = held.shape
+    columns = held.stride(1) // D if len(indices) <= B else T
+    return held.as_strided((B, heads, columns, D), held.stride())[indices][:, :, :T]
 
 
 def sample_wave(model, contexts, ends, rows, spare, room, temperature, stop, generator):
@@ -788,7 +808,7 @@ def sample_wave(model, contexts, ends, rows, spare, room, temperature, stop, gen
     Yields, step by step, the rows still decoding and for each of them token, log-prob and entropy.
     """
     cache, device = DynamicCache(config=model.config), model.device
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     unique = {context: i for i, context in enumerate(dict.fromkeys(tuple(contexts[row]) for row in rows))}
     owner = torch.tensor([unique[tuple(contexts[row])] for row in rows], device=device)
     # Left padding puts every context's last token into the last column, which predicts the next token.

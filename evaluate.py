@@ -269,10 +269,9 @@ def find_run(path):
     Raises UserError for a missing folder and for an unfinished run.
     """
     folder = Path(path)
-    if not os.path.isdir(folder):
+    if not folder.is_dir():
         # 'runs/grpo' could be a hub id, but not where there is a folder 'runs'.
-        local = path[:1] in "./" or path.count("/") > 1 or ("/" in path and os.path.isdir(folder.parent))
-        if local or os.path.exists(folder):
+        if folder.exists() or path[:1] in "./" or path.count("/") > 1 or ("/" in path and folder.parent.is_dir()):
             raise common.UserError(f"{path}: no such folder; pass a run folder, a model folder or a hub id")
         return None
     run = next((f for f in (folder, folder.parent) if (f / "args.json").is_file()), None)

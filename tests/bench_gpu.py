@@ -1,10 +1,11 @@
 """Speed and memory on one GPU, for models of Qwen3 shapes with random weights, made on the device in bf16.
 
-Sampling by the library's loop and by transformers' continuous batching under the same rules (temperature 1, the whole
-vocabulary, no end token); training with gradient checkpointing, on sequences of equal and of ragged lengths; the plan
-of bench_memory.py beside the measured peaks; the passes of phase one (block 5) against their budget; the optimizer
-beside the weights and on the host. Each figure is printed once it is there, all of them as a Markdown table at the end.
-What fails or takes too long leaves its reason in the table. Some eight minutes for all three; without a GPU, one line.
+Sampling by the library's loop, with cuDNN's attention switched on, too, and by transformers' continuous batching, under
+the same rules (temperature 1, the whole vocabulary, no end token); training with gradient checkpointing, on sequences
+of equal and of ragged lengths; the plan of bench_memory.py beside the measured peaks; the passes of phase one (block 5)
+against their budget; the optimizer beside the weights and on the host. Each figure is printed once it is there, all of
+them as a Markdown table at the end. What fails or takes too long leaves its reason in the table. Some ten minutes for
+all three; without a GPU, one line.
 
     python tests/bench_gpu.py
     python tests/bench_gpu.py --models Qwen3-4B --limit 200
@@ -94,7 +95,7 @@ def cudnn_attention(model, rate):
             times.append(seconds(lambda: common.sample(model, tokenizer, prompts, SAMPLES, NEW_TOKENS // 8)))
     finally:
         torch.backends.cuda.enable_cudnn_sdp(False)
-    return {"sampling with cuDNN's attention takes, times as long": f"{times[1] / times[0]:.1f}"}
+    return {"sampling with cuDNN's attention: times as slow": f"{times[1] / times[0]:.1f}"}
 
 
 def continuous_batching(model, rate):

@@ -81,12 +81,10 @@ def plan(config, args):
     longest = args.max_prompt_length + args.max_completion_length
     tokens = max(longest, args.micro_batch_tokens)  # of a micro-batch, all of it completion at worst
 
-    # Sampling: keys and values of a wave and the columns in reserve behind them; beside them those that are just
-    # moving to a larger place, or at the head log-probs, probabilities and their product.
-    rows, columns = max(1, args.max_rollout_tokens // longest), args.max_prompt_length
-    while columns < longest - 1:  # the last token is not read
-        columns += 1 + (columns + 1) // 8 + 16
-    layer = 2 * K * s * rows * columns
+    # Sampling: keys and values of a wave; beside them those of a layer that are just moving to a larger place, or at
+    # the head log-probs, probabilities and their product.
+    rows = max(1, args.max_rollout_tokens // longest)
+    layer = 2 * K * s * rows * longest
     cache = L * layer + max(layer // 2, 3 * 4 * rows * V)
 
     # Training, bytes per token. A norm keeps its input in fp32 and the normalised one; its output is what the next

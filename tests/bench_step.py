@@ -217,7 +217,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         models = build_models(Path(folder))
         torch.set_num_threads(2)
-        for name in filter(lambda name: args.only in name, models):
+        chosen = [name for name in models if args.only in name]
+        if not chosen:
+            sys.exit(f"error: --only {args.only!r}: none of {', '.join(map(repr, models))}; pass part of one of these")
+        for name in chosen:
             compare(name, *models[name], args.trl_python, args.steps)
 
 

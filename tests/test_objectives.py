@@ -297,7 +297,9 @@ def watch(monkeypatch):
             m.setattr(common.Optimizer, "__init__", init)
             m.setattr(common.Optimizer, "step", step)
             m.setattr(common, "sample", sample)
-            m.setattr(common, "grade_rollouts", lambda rollouts, _: setattr(rollouts, "verdicts", []) or rewards.clone())
+            m.setattr(
+                common, "grade_rollouts", lambda rollouts, _: setattr(rollouts, "verdicts", []) or rewards.clone()
+            )
             script.main(args)
         return seen
 

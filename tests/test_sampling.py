@@ -1,5 +1,6 @@
 """Rollouts: what is sampled must be what is trained, token for token, whatever the model's settings say."""
 
+import gc
 import json
 
 import pytest
@@ -169,26 +170,67 @@ def test_a_wave_of_unequal_contexts_keeps_to_its_budget(monkeypatch):
 
 def test_the_cache_grows_in_place():
     """torch.cat copies every earlier key and value for each new token: work that is quadratic in the length."""
-    layer, states, buffers = common.GrowingLayer(), torch.randn(3, 2, 500, 4), []
+    room = 3 * 540  # tokens, rows times columns
+    layer, states, buffers = common.GrowingLayer(room), torch.randn(3, 2, 500, 4), []
     for t in range(1, 501):
         keys, values = layer.update(states[:, :, t - 1 : t], -states[:, :, t - 1 : t])
         assert torch.equal(keys, states[:, :, :t]) and torch.equal(values, -keys)
         buffers.append(keys)  # held, so that no address is used twice
+        assert keys.untyped_storage().nbytes() <= min(4 * keys.numel() * 9 / 8 + 4 * 3 * 2 * 4 * 17, 4 * room * 2 * 4)
     assert len({keys.data_ptr() for keys in buffers}) < 20
-    assert keys.untyped_storage().nbytes() <= 4 * states.numel() * (1 + 1 / 8) + 4 * 3 * 2 * 4 * 17
-    layer.batch_select_indices(torch.tensor([2, 0]))  # a row has finished: the others go on
+    layer.batch_select_indices(torch.tensor([2, 0]))  # a row has finished: the others go on, with their reserve
+    before = layer.keys.data_ptr()
     keys, values = layer.update(states[[2, 0], :, :7], -states[[2, 0], :, :7])  # several at once, too
     assert torch.equal(keys, torch.cat([states, states[:, :, :7]], 2)[[2, 0]]) and torch.equal(values, -keys)
+    assert keys.data_ptr() == before and keys.untyped_storage().nbytes() <= 4 * 2 * room / 3 * 2 * 4
+    layer.batch_select_indices(torch.tensor([1, 0, 1]))  # samples of a prompt: more rows than there were
+    assert torch.equal(layer.keys, keys[[1, 0, 1]]) and layer.keys.untyped_storage().nbytes() == 4 * layer.keys.numel()
+
+
+def test_sliding_windows_keep_their_own_cache(tokenizer, monkeypatch):
+    """Half of a model's blocks may look no further than a window: their cache is small, and must stay so."""
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2)
+    several_ends(model, tokenizer)
+    held, real = [], common.run_blocks
+
+    def run_blocks(model, ids, attention_mask, cache=None):
+        hidden = real(model, ids, attention_mask, cache)
+        held.append([layer.keys.shape[2] for layer in cache.layers])
+        return hidden
+
+    with monkeypatch.context() as m:
+        m.setattr(common, "run_blocks", run_blocks)
+        rollouts = common.sample(model, tokenizer, PROMPTS, 4, 20, seed=1)
+    assert held[-1][0] > 15 and max(held[-1][2:]) < 6
+    with torch.no_grad():
+        logps, _ = common.completion_logps(model, rollouts, range(16), 1.0)
+    assert (logps - rollouts.logps).abs().max() < 1e-5
+
+
+def test_no_distribution_outlives_its_step(tokenizer, monkeypatch):
+    """Log-probs and probabilities of 512 rows and 152,000 words are 0.6 GiB: too much to hold beside the next pass."""
+    model, real, alive = tiny_model(), common.run_blocks, []
+
+    def run_blocks(*args):
+        found = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape[-1:] == (model.config.vocab_size,)]
+        alive.append(len(found))
+        return real(*args)
+
+    monkeypatch.setattr(common, "run_blocks", run_blocks)
+    common.sample(model, tokenizer, PROMPTS, 2, 5, seed=0)
+    assert len(alive) > 3 and max(alive) <= alive[0]
 
 
 def watch_passes(model, monkeypatch):
-    """A list that grows with every pass of the sampler: (rows, new tokens of each, columns of the cache)."""
+    """A list that grows with every pass of the sampler: (rows, new tokens of each, columns of the cache with its reserve)."""
     passes, forward = [], type(model.model).forward
 
     def watched(self, **kw):
+        output = forward(self, **kw)
         if kw["past_key_values"] is not None:
-            passes.append((*kw["input_ids"].shape, kw["attention_mask"].shape[1]))
-        return forward(self, **kw)
+            keys = kw["past_key_values"].layers[0].keys
+            passes.append((*kw["input_ids"].shape, keys.stride(1) // keys.shape[3]))
+        return output
 
     monkeypatch.setattr(type(model.model), "forward", watched)
     return passes
