@@ -1,7 +1,7 @@
 """The run folder: data order, clock, logs, warnings, evaluations, checkpoints, resume, curves.
 
-Nothing here knows what is trained or why: it calls common.py and is called by the scripts. Read it when a run
-must be stopped, resumed or trusted; for the algorithms it can be skipped.
+Nothing here knows what is trained or why: it calls common.py and is called by the scripts. Read it when a run must be
+stopped, resumed or trusted; for the algorithms it can be skipped.
 """
 
 import contextlib

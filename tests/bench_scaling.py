@@ -1,8 +1,9 @@
 """How the cost of a training step grows: with samples, completion length, vocabulary and layers, over 8x in each.
 
 A step is what grpo.py does between grading and logging: sample, log-probs and backward in micro-batches, optimizer. The
-models have random weights and no end token, so that every completion has the length asked for. Medians of 3 steps; the
-slopes are those of log seconds against log size, over the upper half of each range. A few minutes on a CPU.
+models have random weights and no end token, so that every completion has the length asked for. Medians of 5 steps, the
+sizes in turns; the slopes are those of log seconds against log size, over the upper half of each range. Five minutes on
+a CPU.
 
     python tests/bench_scaling.py --output runs/scaling.png
 """
@@ -31,8 +32,8 @@ EXPECTED = {
 STAGES = ("sampling", "log-probs and backward", "optimizer")
 
 
-def step_costs(samples, length, vocabulary, layers, repeats=3):
-    """Median seconds of each stage of a step, and of their sum."""
+def stages_of(samples, length, vocabulary, layers):
+    """The stages of a step of that size, functions to be called in order."""
     model = random_model(qwen3(128, 384, layers, 4, 2, V=vocabulary, head_dim=32))
     model.generation_config.eos_token_id, tokenizer = None, mock.Mock(eos_token_id=None, pad_token_id=0)
     optimizer, rollouts = common.Optimizer(model, common.RunArgs()), None
@@ -46,8 +47,14 @@ def step_costs(samples, length, vocabulary, layers, repeats=3):
         for rows in common.micro_batches(rollouts, range(samples), 2048):
             common.completion_logps(model, rollouts, rows, 1.0)[0].sum().backward()
 
-    times = [[seconds(stage) for stage in (sampling, backward, optimizer.step)] for _ in range(repeats + 1)][1:]
-    return [statistics.median(column) for column in (*zip(*times), map(sum, times))]
+    return sampling, backward, optimizer.step
+
+
+def step_costs(steps, repeats=5):
+    """Median seconds of each stage and of their sum, for every step. They take turns: what else the machine does would
+    bend the slope if it met some sizes only."""
+    rounds = [[[seconds(stage) for stage in stages] for stages in steps] for _ in range(repeats + 1)][1:]
+    return [[statistics.median(column) for column in (*zip(*times), map(sum, times))] for times in zip(*rounds)]
 
 
 def slope(xs, ys):
@@ -60,11 +67,11 @@ def main():
     parser.add_argument("--output", default="runs/scaling.png", help="the figure")
     args = parser.parse_args()
     torch.set_num_threads(2)
-    figure, axes = plt.subplots(1, len(BASE), figsize=(14, 3.8), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(BASE), figsize=(14, 4.6), layout="constrained", sharey=True)
     for axis, (name, base) in zip(axes, BASE.items()):
         multiple = 8 if name == "samples" else 1  # whole groups
         sizes = [multiple * round(base * factor / multiple) for factor in FACTORS]
-        costs = [step_costs(**BASE | {name: size}) for size in sizes]
+        costs = step_costs([stages_of(**BASE | {name: size}) for size in sizes])
         upper, slopes = slice(len(sizes) // 2, None), []
         for label, column in zip((*STAGES, "step"), zip(*costs)):
             slopes.append(slope(sizes[upper], column[upper]))
@@ -73,7 +80,7 @@ def main():
         axis.set(xlabel=name, title=f"seconds per step against {name}")
         axis.set_xticks(sizes[::3], sizes[::3])
         axis.set_xticks([], minor=True)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below: the lines fill the panel
         stages = ", ".join(f"{stage} {value:.2f}" for stage, value in zip(STAGES, slopes))
         print(f"{name} {sizes[0]} to {sizes[-1]}: {costs[0][-1]:.2f} to {costs[-1][-1]:.2f} s", flush=True)
         print(f"  slope {slopes[-1]:.2f} ({stages}); expected {EXPECTED[name]}", flush=True)
