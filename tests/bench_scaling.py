@@ -2,7 +2,7 @@
 
 A step is what grpo.py does between grading and logging: sample, log-probs and backward in micro-batches, optimizer. The
 models have random weights and no end token, so that every completion has the length asked for. Medians of 5 steps, the
-sizes in turns; the slopes are those of log seconds against log size, over the upper half of each range. Five minutes on
+sizes in turns; the slopes are those of log seconds against log size, over the upper half of each range. Six minutes on
 a CPU.
 
     python tests/bench_scaling.py --output runs/scaling.png

@@ -222,7 +222,7 @@ def test_no_distribution_outlives_its_step(tokenizer, monkeypatch):
 
 
 def watch_passes(model, monkeypatch):
-    """A list that grows with every pass of the sampler: (rows, new tokens of each, columns of the cache with its reserve)."""
+    """A list that grows with every pass of the sampler: (rows, new tokens of each, columns held for the cache)."""
     passes, forward = [], type(model.model).forward
 
     def watched(self, **kw):
