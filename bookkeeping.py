@@ -1,12 +1,24 @@
-"""The run folder: data order, clock, logs, warnings, evaluations, checkpoints, resume, curves.
+"""The run folder: data order, clock, logs, warnings, evaluations, checkpoints, resume.
 
-Nothing here knows what is trained or why: it calls common.py and is called by the scripts. Read it when a run must be
-stopped, resumed or trusted; for the algorithms it can be skipped.
+Nothing here knows what is trained or why. Read it when a run must be stopped, resumed or trusted; for the algorithms it
+can be skipped. A script's main calls it in this order, and every call does what it is named for and nothing else:
+
+    run = Run(args)                                 looks at --output_dir: a new run, or one to resume?
+    run.exit_if_finished()
+    model, tokenizer, optimizer = run.load()        and the problems, tokenized
+    run.open_folder()                               from here on files are written; a former run's files are deleted
+    run.catch_signals()
+    for step, problems in run.steps():
+        run.lap("sampling")                         after each stage
+        run.log_completions(...); run.log(...)
+        run.evaluate(step); run.save(step)          where due
+        run.exit_if_interrupted(step)
+    run.finish()
 """
 
 import contextlib
+import hashlib
 import json
-import math
 import os
 import random
 import resource
@@ -20,116 +32,160 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import UserError, mendable
+import tasks
+from plumbing import figures
+from plumbing.errors import UserError, explain
+from plumbing.files import append_jsonl, read_json, read_log, sync, to_jsonl, write_json, write_text
+from plumbing.models import load_model, tokenize_problems
+from plumbing.optimizer import Optimizer
+from plumbing.runs import step_of
+from tasks.answers import last_boxed
+
+# Metrics that may differ between two equal runs: clocks and memory, nothing that is learned.
+VOLATILE = {"seconds", "seconds_by_stage", "tokens_per_second", "peak_memory_gb"}
+
+# Metrics on the progress bar, of those that a script has.
+SHOWN = ("loss", "reward", "accuracy", "response_length", "entropy")
 
 # Options that a resumed run may change, by how their names start; any other change would make it another experiment.
 RESUMABLE = ("max_steps", "save_", "eval_", "report_to", "micro_batch_tokens", "overwrite", "output_dir")
 
 
-# What goes wrong in training without an error: name -> (when, told from a step's metrics; what it means, what to try).
-FAULTS = {
-    "no signal": (lambda m: m.get("optimizer_steps") == 0 and not m["skipped_steps"],
-        "every group's rewards are all equal: nothing was learnt; take easier or harder --data, or prime with sft.py"),
-    "all truncated": (lambda m: m.get("truncated_share") == 1,
-        "no answer ended; raise --max_completion_length, or check that the chat template writes the model's end token"),
-    "log-prob gap": (lambda m: (m.get("logp_gap") or 0) > 0.05,  # nats per token; bf16 rounding gives about 0.01
-        "sampler and trainer disagree: what is trained is not what was sampled; try --dtype float32"),
-    "entropy collapse": (lambda m: m.get("entropy", 1) < 1e-3,
-        "samples hardly differ any more; go back to an earlier checkpoint, or lower --learning_rate"),
-    "vanishing updates": (lambda m: m.get("updated_share") is not None and m["updated_share"] < 0.5,
-        "most are below the precision of the weights and change nothing; raise --learning_rate"),
-    "non-finite gradient": (lambda m: m.get("skipped_steps", 0) > 0,
-        "it updated nothing, and ten in a row end the run; lower --learning_rate, or try --dtype float32"),
-    "verifier": (lambda m: m.get("grader_timeouts", 0) + m.get("grader_errors", 0) > 0,
-        "answers that defeat it score 0: see grader_timeouts, grader_errors; --grade_timeout gives it more time"),
-}  # fmt: skip
-
-
 class Run:
-    """One training run in --output_dir: data order, clock, logs, evaluations, checkpoints, resume.
-
-    A script's main: run = Run(args); model, tokenizer, optimizer = run.load(); for step, problems in run.steps():
-    train, run.log(...), run.save(step); and run.finish(). Nothing is written before the first step.
-    """
+    """One training run in --output_dir."""
 
     def __init__(self, args):
-        self.args, self.folder, self.stop_signal, self.faults = args, Path(args.output_dir), None, {}
-        common.verifier.seconds = args.grade_timeout
+        """Look at the run folder; nothing is written. Raises UserError if it belongs to another run, or is --model."""
+        self.args = args
+        self.folder = Path(args.output_dir)
+        self.stop_signal = None  # the number of the signal that asked this run to stop
+        self.warnings = {}  # of a fault, the line that was shown
         if self.folder.is_dir() and Path(args.model).is_dir() and self.folder.samefile(args.model):
             raise UserError(f"--output_dir {self.folder}: is --model too; pass another folder")
-        if step_of(self.folder) >= args.max_steps and not args.overwrite:
-            sys.exit(print(f"{self.folder}: finished; --overwrite trains again, --output_dir elsewhere"))
+        self.finished = step_of(self.folder) >= args.max_steps and not args.overwrite
         # The newest whole checkpoint, and the step after which it was written; a half-written one has step 0.
         self.checkpoint = max([self.folder, *self.folder.glob("checkpoint-*")], key=step_of)
         self.start = 0 if args.overwrite else step_of(self.checkpoint)
-        foreign = [path for path in self.folder.glob("checkpoint-*") if path.suffix != ".tmp"]
-        if not self.start and not args.overwrite and foreign:
-            raise UserError(f"{foreign[0]}: not a whole checkpoint; --overwrite deletes it, --output_dir avoids it")
-        before = read_json(self.folder / "args.json") if self.start else {}
-        for name, value in vars(args).items():
-            if self.start and str(before.get(name)) != str(value) and not name.startswith(RESUMABLE):
+        self.resumed = self.start > 0
+        if self.finished or args.overwrite:
+            return
+        if self.resumed:
+            self.compare_options()
+        else:
+            self.refuse_damaged_checkpoints()
+
+    def compare_options(self):
+        """Raise UserError if the run to be resumed was started with other options than this command's."""
+        before = read_json(self.folder / "args.json")
+        for name, value in vars(self.args).items():
+            if str(before.get(name)) != str(value) and not name.startswith(RESUMABLE):
                 remedy = "repeat its command to resume it, --overwrite it, or take another --output_dir"
-                raise UserError(f"--{name} {value!r}: the run in {self.folder} has {before.get(name)!r}; {remedy}")
+                was = before.get(name)
+                raise UserError(f"--{name} {value!r}: the run in {self.folder} has {was!r}; {remedy}")
+
+    def refuse_damaged_checkpoints(self):
+        """Raise UserError if there are checkpoints, but none that is whole: a new run would delete them."""
+        for path in self.folder.glob("checkpoint-*"):
+            if path.suffix != ".tmp":
+                remedy = "--overwrite deletes it, --output_dir avoids it"
+                raise UserError(f"{path}: not a whole checkpoint; {remedy}")
+
+    def exit_if_finished(self):
+        """End the program, status 0, if the folder holds a run that has taken all of its steps."""
+        if self.finished:
+            print(f"{self.folder}: finished; --overwrite trains again, --output_dir elsewhere")
+            sys.exit()
+
+    # Before the first step --------------------------------------------------------------------------------------------
 
     def load(self, problems=None):
         """(model, tokenizer, optimizer) from the newest whole checkpoint, else from --model; training problems (those
         given, else --data) and held-out ones, tokenized."""
         args = self.args
-        path = self.checkpoint if self.start else args.model
-        self.model, self.tokenizer = common.load_model(str(path), args.device, args.dtype)
-        limits = args.max_prompt_length, json.loads(args.chat_template_kwargs)
-        problems = problems or common.load_problems(args.data, "train", 0, args.system_prompt)
-        self.problems = common.tokenize_problems(self.tokenizer, problems, *limits)
-        self.eval_problems, eval_data = [], args.eval_data or (args.data if args.data in common.BUILT_IN else "")
-        if eval_data and args.eval_steps:
-            problems = common.load_problems(eval_data, "test", args.eval_problems, args.system_prompt)
-            self.eval_problems = common.tokenize_problems(self.tokenizer, problems, *limits)
+        path = self.checkpoint if self.resumed else args.model
+        self.model, self.tokenizer = load_model(str(path), args.device, args.dtype)
+        if problems is None:
+            problems = tasks.load_problems(args.data, "train", 0, args.system_prompt)
+        self.problems = self.tokenize(problems)
+        self.eval_problems = self.load_eval_problems()
         if args.num_prompts > len(self.problems):
             raise UserError(f"--num_prompts {args.num_prompts}: {args.data} has only {len(self.problems)}; lower it")
-        print(f"first prompt: {self.tokenizer.decode(self.problems[0].ids)!r}, tokens {self.problems[0].ids}"[:1000])
+        ids = self.problems[0].ids
+        print(f"first prompt: {self.tokenizer.decode(ids)!r}, tokens {ids}"[:1000])
         if args.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = common.Optimizer(self.model, args)
-        if self.start:
-            with mendable(f"{path}/optimizer.pt: cannot be read", f"delete {path} to go back"):
+        self.optimizer = Optimizer(self.model, args)
+        if self.resumed:
+            with explain(f"{path}/optimizer.pt: cannot be read", f"delete {path} to go back"):
                 self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", "cpu", weights_only=True))
         return self.model, self.tokenizer, self.optimizer
 
-    def steps(self):
-        """Yield (step, problems) from the first, or first not yet trained, step to --max_steps."""
-        self.report = reporter(self.args)
-        with mendable(f"--output_dir {self.folder}: cannot be written", "pass another folder", OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.start:
-                (self.folder / "trainer_state.json").unlink(missing_ok=True)
-                for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob("best")):
-                    shutil.rmtree(path)
-            write_json(self.folder / "args.json", vars(self.args))
-            for log in (self.folder / "metrics.jsonl", self.folder / "completions.jsonl"):
-                write_text(log, jsonl(read_log(log, self.start) if self.start else []))
-        with contextlib.suppress(ValueError):  # outside the main thread signals stay as they are
-            signal.signal(signal.SIGINT, self.interrupt)
-            signal.signal(signal.SIGTERM, self.interrupt)
-        print(f"{self.folder}: resuming after step {self.start}") if self.start else self.evaluate(0)
-        self.bar = tqdm(total=self.args.max_steps, initial=self.start, unit="step", mininterval=1.0)
-        for step in range(self.start + 1, self.args.max_steps + 1):
-            torch.manual_seed(common.step_seed(self.args.seed, step))  # for models with randomness of their own
-            self.stages, self.mark = {}, time.perf_counter()
-            yield step, self.batch(step)
-        self.bar.close()
+    def load_eval_problems(self):
+        """Held-out problems: --eval_data, else the held-out split of a built-in task, else none."""
+        args = self.args
+        source = args.eval_data
+        if not source and args.data in tasks.built_in():
+            source = args.data
+        if not source or not args.eval_steps:
+            return []
+        return self.tokenize(tasks.load_problems(source, "test", args.eval_problems, args.system_prompt))
 
-    def interrupt(self, number, frame):
-        """First SIGINT or SIGTERM: let the step finish (`save` then stops the run). Second: stop at once."""
+    def tokenize(self, problems):
+        template = json.loads(self.args.chat_template_kwargs)
+        return tokenize_problems(self.tokenizer, problems, self.args.max_prompt_length, template)
+
+    def open_folder(self):
+        """Make the folder ready: a new run deletes a former run's files, a resumed one cuts its logs off behind the
+        checkpoint. Raises UserError if it cannot be written."""
+        self.report = reporter(self.args)
+        with explain(f"--output_dir {self.folder}: cannot be written", "pass another folder", OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.resumed:
+                self.delete_former_run()
+            write_json(self.folder / "args.json", vars(self.args))
+            for name in ("metrics.jsonl", "completions.jsonl"):
+                kept = read_log(self.folder / name, self.start) if self.resumed else []
+                write_text(self.folder / name, to_jsonl(kept))
+        if self.resumed:
+            print(f"{self.folder}: resuming after step {self.start}")
+
+    def delete_former_run(self):
+        """Delete checkpoints and the mark of a finished run. Logs and final model are overwritten later."""
+        (self.folder / "trainer_state.json").unlink(missing_ok=True)
+        for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob("best")):
+            shutil.rmtree(path)
+
+    def catch_signals(self):
+        """From now on Ctrl-C and SIGTERM let the step finish; then the run saves and stops."""
+        with contextlib.suppress(ValueError):  # outside the main thread signals stay as they are
+            signal.signal(signal.SIGINT, self.note_signal)
+            signal.signal(signal.SIGTERM, self.note_signal)
+
+    def note_signal(self, number, frame):
+        """First SIGINT or SIGTERM: remember it for `save` and `exit_if_interrupted`. Second: stop at once."""
         if self.stop_signal:
             sys.exit(128 + number)
         self.stop_signal = number
         print("\nstopping after this step (once more: at once)", file=sys.stderr)
 
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def steps(self):
+        """Yield (step, problems) from the first, or first not yet trained, step to --max_steps."""
+        self.bar = tqdm(total=self.args.max_steps, initial=self.start, unit="step", mininterval=1.0)
+        for step in range(self.start + 1, self.args.max_steps + 1):
+            torch.manual_seed(step_seed(self.args.seed, step))  # for models with randomness of their own
+            self.stages = {}  # seconds by stage
+            self.lap_started = time.perf_counter()
+            yield step, self.batch(step)
+        self.bar.close()
+
     def batch(self, step):
         """The problems of a step: consecutive blocks of a permutation that depends on seed and epoch only, so that
         resuming needs no stored position. The few problems left over at the end of an epoch are dropped."""
-        P, order = self.args.num_prompts, [*self.problems]
-        epoch, block = divmod(step - 1, len(order) // P)
+        P = self.args.num_prompts
+        epoch, block = divmod(step - 1, len(self.problems) // P)
+        order = list(self.problems)
         random.Random(f"{self.args.seed}-{epoch}").shuffle(order)
         return order[block * P : (block + 1) * P]
 
@@ -137,85 +193,146 @@ class Run:
         """Charge the time since this step's last lap to `stage`."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-        before, self.mark = self.mark, time.perf_counter()
-        self.stages[stage] = self.stages.get(stage, 0.0) + self.mark - before
+        now = time.perf_counter()
+        self.stages[stage] = self.stages.get(stage, 0.0) + now - self.lap_started
+        self.lap_started = now
 
-    def write(self, record):
+    def seconds(self):
+        """Seconds of this step so far, as charged to its stages."""
+        return sum(self.stages.values())
+
+    def log(self, step, metrics):
+        """A step's metrics, with its clock, to metrics.jsonl and --report_to; some of them onto the progress bar; and a
+        warning for every fault that they tell of for the first time."""
+        clock = dict(
+            seconds=self.seconds(),
+            seconds_by_stage=self.stages,
+            peak_memory_gb=peak_memory_gb(self.model.device),
+        )
+        self.write_record(dict(step=step, **metrics, **clock))
+        for fault, (happens, remedy) in FAULTS.items():
+            if fault not in self.warnings and happens(metrics):
+                self.warnings[fault] = f"warning: {fault} (first in step {step}): {remedy}"
+                tqdm.write(self.warnings[fault], file=sys.stderr)
+        shown = {name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def log_completions(self, step, problems, rollouts, rewards, advantages):
+        """A step's B answers to completions.jsonl. rewards [P, G]; advantages [P, G], or None where there are none."""
+        records = []
+        for i, text in enumerate(rollouts.texts):
+            p, g = divmod(i, rewards.shape[1])
+            record = dict(
+                step=step,
+                problem=problems[p].question(),
+                text=text,
+                answer=last_boxed(text),
+                gold=problems[p].answer,
+                reward=rewards[p, g].item(),
+                length=int(rollouts.lengths[i]),
+                finished=bool(rollouts.finished[i]),
+                **problems[p].record(),
+                advantage=None if advantages is None else advantages[p, g].item(),
+            )
+            records.append(record)
+        append_jsonl(self.folder / "completions.jsonl", records)
+
+    def write_record(self, record):
         """Append a record to metrics.jsonl and send it to --report_to."""
         append_jsonl(self.folder / "metrics.jsonl", [record])
         self.report(record, step=record["step"])
 
-    def record(self, step, metrics, shown=("loss",)):
-        """Log a training step; show some of its metrics on the bar."""
-        seconds, memory = sum(self.stages.values()), peak_memory_gb(self.model.device)
-        self.write(dict(step=step, **metrics, seconds=seconds, seconds_by_stage=self.stages, peak_memory_gb=memory))
-        for name, (happens, remedy) in FAULTS.items():
-            if name not in self.faults and happens(metrics):
-                self.faults[name] = f"warning: {name} (first in step {step}): {remedy}"
-                tqdm.write(self.faults[name], file=sys.stderr)
-        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
-        self.bar.update()
-
-    def log(self, step, problems, rollouts, rewards, advantages, metrics):
-        """Append a step of reinforcement learning to metrics.jsonl and its answers to completions.jsonl.
-
-        rewards [P, G]; advantages [P, G] or None; metrics: what only the algorithm knows, by name.
-        """
-        right, lengths, answers = rewards.flatten() == 1, rollouts.lengths.float().cpu(), []
-        for i, text in enumerate(rollouts.texts):
-            p, g = divmod(i, rewards.shape[1])
-            prompt = problems[p].prompt if isinstance(problems[p].prompt, str) else problems[p].prompt[-1]["content"]
-            answer = dict(step=step, problem=prompt, text=text, answer=common.last_boxed(text), gold=problems[p].answer)
-            answer |= dict(reward=rewards[p, g].item(), length=int(lengths[i]), finished=bool(rollouts.finished[i]))
-            answer |= dict(numbers=problems[p].numbers, target=problems[p].target) if problems[p].numbers else {}
-            answers.append(answer | dict(advantage=None if advantages is None else advantages[p, g].item()))
-        append_jsonl(self.folder / "completions.jsonl", answers)
+    def stop_if_ungraded(self, step, verdicts):
+        """Raise UserError if more than --max_grader_errors of a step's answers got no verdict."""
         names = dict(grader_timeouts="timeout", grader_errors="error", unparsable_golds="unparsable")
-        undecided = {name: rollouts.verdicts.count(verdict) for name, verdict in names.items()}
-        figures = dict(reward=rewards.mean().item(), **common.summary(rollouts, rewards), **undecided)
-        for name, rows in (("length_right", right), ("length_wrong", ~right)):
-            figures[name] = lengths[rows].mean().item() if rows.any() else None
-        figures["zero_variance_share"] = (rewards.amax(1) == rewards.amin(1)).float().mean().item()
-        self.lap("bookkeeping")
-        figures["tokens_per_second"] = lengths.sum().item() / sum(self.stages.values())
-        self.record(step, figures | metrics, ("reward", "accuracy", "response_length", "entropy"))
-        if sum(undecided.values()) > self.args.max_grader_errors * len(answers):
+        missing = {name: verdicts.count(verdict) for name, verdict in names.items()}
+        if sum(missing.values()) > self.args.max_grader_errors * len(verdicts):
             remedy = "mend the golds of --data, raise --grade_timeout or --max_grader_errors"
-            raise UserError(f"step {step}: no verdict on too many of {len(answers)} answers, {undecided}; {remedy}")
+            raise UserError(f"step {step}: no verdict on too many of {len(verdicts)} answers, {missing}; {remedy}")
 
     def evaluate(self, step):
         """Where due: sampled and greedy accuracy on held-out problems and the KL to the starting model, into
         metrics.jsonl."""
-        args, inputs = self.args, (self.model, self.tokenizer, self.eval_problems)
-        if not self.eval_problems or (step % args.eval_steps and step < args.max_steps):
+        args = self.args
+        due = args.eval_steps and (step % args.eval_steps == 0 or step >= args.max_steps)
+        done_before = step == 0 and self.resumed
+        if not self.eval_problems or not due or done_before:
             return
-        limits = dict(max_completion_length=args.max_completion_length, max_rollout_tokens=args.max_rollout_tokens)
-        seed = common.step_seed(args.seed, "evaluation")  # the same at every step: less noise between evaluations
-        sampled = common.evaluate(*inputs, args.eval_samples, args.eval_temperature, seed=seed, **limits)
-        greedy, kl = common.evaluate(*inputs, 1, 0.0, **limits)["accuracy"], 0.0
-        if step > 0:
-            start, _ = common.load_model(args.model, args.device, args.dtype)  # for this pass only: freed on return
-            limits = args.micro_batch_tokens, args.eval_temperature
-            kl = common.kl_between(self.model, start, sampled["rollouts"], *limits)
-        figures = {f"eval_{name}": value for name, value in sampled.items() if isinstance(value, float)}
-        record = dict(step=step, **figures, eval_greedy_accuracy=greedy, kl_to_start=kl)
-        self.write(record)
+        inputs = (self.model, self.tokenizer, self.eval_problems)
+        settings = dict(
+            max_completion_length=args.max_completion_length,
+            max_rollout_tokens=args.max_rollout_tokens,
+            grade_timeout=args.grade_timeout,
+        )
+        seed = step_seed(args.seed, "evaluation")  # the same at every step: less noise between evaluations
+        sampled = common.evaluate(*inputs, args.eval_samples, args.eval_temperature, seed=seed, **settings)
+        greedy = common.evaluate(*inputs, 1, 0.0, **settings)
+        record = dict(step=step)
+        for name, value in sampled.items():
+            if isinstance(value, float):
+                record[f"eval_{name}"] = value
+        record["eval_greedy_accuracy"] = greedy["accuracy"]
+        record["kl_to_start"] = self.kl_to_start(sampled["rollouts"]) if step > 0 else 0.0
+        self.write_record(record)
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in record.items()))
 
-    def save(self, step):
-        """End a step: evaluate and checkpoint where due. After a signal: checkpoint, say how to resume, exit."""
+    def keep_best(self, step, problems):
+        """Where an evaluation is due: accuracy on `problems`, which no other number is taken from, and the model of the
+        best step so far into the folder best/ -> that accuracy; None where none is due, or without problems.
+
+        The accuracies of earlier steps are read from metrics.jsonl, where the caller logs them as validation_accuracy.
+        """
         args = self.args
-        self.evaluate(step)
-        if self.stop_signal or (args.save_steps and step % args.save_steps == 0 and step < args.max_steps):
-            self.write_model(self.folder / f"checkpoint-{step}", step)
-            whole = sorted((p for p in self.folder.glob("checkpoint-*") if step_of(p)), key=step_of)
-            for path in whole[: -args.save_total_limit]:  # 0 keeps them all: whole[:-0] is empty
+        if not problems or not args.eval_steps or step % args.eval_steps:
+            return None
+        found = common.evaluate(
+            self.model,
+            self.tokenizer,
+            problems,
+            args.eval_samples,
+            args.eval_temperature,
+            args.max_completion_length,
+            args.grade_timeout,
+        )
+        best = 0.0
+        for record in read_log(self.folder / "metrics.jsonl"):
+            best = max(best, record.get("validation_accuracy") or 0.0)
+        if found["accuracy"] > best:
+            self.write_model(self.folder / "best", step)
+        return found["accuracy"]
+
+    def kl_to_start(self, rollouts):
+        """KL to --model in nats per token; that model is loaded for this pass only and freed on return."""
+        args = self.args
+        start, _ = load_model(args.model, args.device, args.dtype)
+        return kl_between(self.model, start, rollouts, args.micro_batch_tokens, args.eval_temperature)
+
+    # Saving -----------------------------------------------------------------------------------------------------------
+
+    def save(self, step):
+        """A checkpoint where due, or when a signal came; older ones than --save_total_limit are deleted."""
+        args = self.args
+        due = args.save_steps and step % args.save_steps == 0 and step < args.max_steps
+        if not due and not self.stop_signal:
+            return
+        self.write_model(self.folder / f"checkpoint-{step}", step)
+        whole = [path for path in self.folder.glob("checkpoint-*") if step_of(path)]
+        whole.sort(key=step_of)
+        if args.save_total_limit:
+            for path in whole[: -args.save_total_limit]:
                 shutil.rmtree(path)
+
+    def exit_if_interrupted(self, step):
+        """After a signal: say how to resume and end the program with the signal's exit status."""
         if self.stop_signal:
             self.bar.close()
-            sys.stderr.writelines(f"{fault}\n" for fault in self.faults.values())
+            self.repeat_warnings()
             print(f"stopped after step {step}; the same command resumes from {self.folder}", file=sys.stderr)
             sys.exit(128 + self.stop_signal)
+
+    def repeat_warnings(self):
+        sys.stderr.writelines(f"{warning}\n" for warning in self.warnings.values())
 
     def write_model(self, folder, step):
         """A `from_pretrained` folder with tokenizer, optimizer and the step after which it was written: whole or not at
@@ -223,117 +340,143 @@ class Run:
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         remedy = "free some space, then repeat the command to go on from the checkpoint before"
-        with mendable(f"{folder}: cannot be written", remedy), contextlib.ExitStack() as cleanup:
-            cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)  # finds nothing where all went well
-            self.model.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
-            torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
-            write_json(temporary / "trainer_state.json", {"step": step})
-            for path in (*filter(Path.is_file, temporary.rglob("*")), temporary):
-                sync(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(temporary, folder)
+        try:
+            with explain(f"{folder}: cannot be written", remedy):
+                self.model.save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
+                torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
+                write_json(temporary / "trainer_state.json", {"step": step})
+                for path in temporary.rglob("*"):
+                    if path.is_file():
+                        sync(path)
+                sync(temporary)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # there is none where all went well
         sync(self.folder)
 
     def finish(self):
         """Model, tokenizer and optimizer into the run folder itself, then the curves."""
-        self.write_model(self.folder / "final", max(self.start, self.args.max_steps))
+        final = self.folder / "final"
+        self.write_model(final, max(self.start, self.args.max_steps))
         (self.folder / "trainer_state.json").unlink(missing_ok=True)
-        for path in sorted((self.folder / "final").iterdir()):  # trainer_state.json marks a finished run: it moves last
+        for path in sorted(final.iterdir()):  # trainer_state.json marks a finished run: it is the last to move
             shutil.rmtree(self.folder / path.name, ignore_errors=True)  # of a folder: some tokenizers' chat templates
             os.replace(path, self.folder / path.name)
-        (self.folder / "final").rmdir()
+        final.rmdir()
         sync(self.folder)
-        draw_curves(self.folder)
-        with contextlib.suppress(ValueError):  # only now: a signal must not cut the writing
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        sys.stderr.writelines(f"{fault}\n" for fault in self.faults.values())
+        figures.draw_curves(self.folder)
+        self.release_signals()
+        self.repeat_warnings()
         print(f"{self.folder}: model, metrics.jsonl, completions.jsonl, curves.png")
 
-
-def step_of(folder):
-    """The step after which a model folder was written whole; 0 for one that was not ('checkpoint-20.tmp', say)."""
-    state = folder / "trainer_state.json"
-    return read_json(state).get("step", 0) if state.is_file() and folder.suffix != ".tmp" else 0
-
-
-def read_json(path):
-    """The object in a JSON file of a run folder. Raises UserError."""
-    with mendable(f"{path}: cannot be read", "--overwrite trains again, --output_dir elsewhere"):
-        return dict(json.loads(path.read_text()).items())
+    def release_signals(self):
+        """Ctrl-C and SIGTERM end the program at once again. Only now: they must not cut the writing short."""
+        with contextlib.suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def jsonl(records):
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def step_seed(*parts):
+    """A seed made of all `parts` (run seed and step, say), so that resuming needs no stored generator state."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
-def append_jsonl(path, records):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(jsonl(records))
-
-
-def read_log(path, step=math.inf):
-    """The records of a JSONL log up to a step, as a list; [] without the file. A line cut off by a kill is left out."""
-    records = []
-    for line in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return [record for record in records if record["step"] <= step]
-
-
-def write_text(path, text):
-    """Write a file whole or not at all."""
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+@torch.no_grad()
+def kl_between(model, other, rollouts, micro_batch_tokens, temperature=1.0):
+    """KL(model || other) in nats per token on completions sampled from `model`: the mean of k3 = exp(x) - x - 1 with
+    x = logp_other - logp_model, which is unbiased and never negative (http://joschu.net/blog/kl-approx.html)."""
+    total = 0.0
+    for rows in common.micro_batches(rollouts, range(len(rollouts.ids)), micro_batch_tokens):
+        logps, _ = common.completion_logps(model, rollouts, rows, temperature)
+        other_logps, _ = common.completion_logps(other, rollouts, rows, temperature)
+        x = (other_logps - logps).clamp(-20, 20)
+        k3 = x.exp() - x - 1
+        total += float((k3 * rollouts.mask[rows]).sum())
+    return total / float(rollouts.mask.sum())
 
 
 def peak_memory_gb(device):
     """Peak memory of this process in 10^9 bytes: of the GPU it trains on, on CPU what was resident."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident) / 1e9
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def reporter(args):
     """A function (record, step=...) that logs to --report_to. Raises UserError if that package is not installed."""
     if args.report_to == "none":
         return lambda record, step: None
-    with mendable(f"--report_to {args.report_to}: not installed", "pip install it, or take none", ImportError):
+    with explain(f"--report_to {args.report_to}: not installed", "pip install it, or take none", ImportError):
         tracker = __import__(args.report_to)
     tracker.init(project=Path.cwd().name, name=args.output_dir, config=vars(args))
     return tracker.log
 
 
-def draw_curves(folder):
-    """curves.png from metrics.jsonl: accuracy, entropy, length and KL against steps; the internal phase is shaded."""
-    import matplotlib.pyplot as plt
+# What goes wrong in training without an error -------------------------------------------------------------------------
 
-    records = read_log(folder / "metrics.jsonl")
-    internal = max((record["step"] for record in records if record.get("phase") == "internal"), default=0)
-    panels = {
-        "accuracy": {"accuracy": "0.6", "eval_accuracy": "ko-", "eval_greedy_accuracy": "k^:"},
-        "entropy (nats per token)": {"entropy": "0.6", "eval_entropy": "ko-", "trained_entropy": "k--"},
-        "response length (tokens)": {"response_length": "0.6", "eval_response_length": "ko-"},
-        "KL to the starting model (nats per token)": {"kl_to_start": "ko-"},
-    }
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
-    for axis, (title, styles) in zip(axes.flat, panels.items()):
-        for name, style in styles.items():
-            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-            axis.plot([x for x, _ in points], [y for _, y in points], style, label=name, markersize=4)
-        axis.axvspan(0, internal, color="tab:orange", alpha=0.2, label="internal policy trained" if internal else None)
-        axis.set(title=title, xlabel="step", ylim=(0, None))
-        axis.legend(fontsize=8)
-    figure.savefig(folder / "curves.png", dpi=100)
-    plt.close(figure)
+
+def no_signal(metrics):
+    return metrics.get("optimizer_steps") == 0 and not metrics["skipped_steps"]
+
+
+def all_truncated(metrics):
+    return metrics.get("truncated_share") == 1
+
+
+def sampler_and_trainer_disagree(metrics):
+    gap = metrics.get("logp_gap")  # None in phase one of bottom-up training
+    return gap is not None and gap > 0.05  # nats per token; rounding in bf16 gives about 0.01
+
+
+def entropy_collapsed(metrics):
+    return metrics.get("entropy", 1) < 1e-3
+
+
+def updates_vanish(metrics):
+    share = metrics.get("updated_share")
+    return share is not None and share < 0.5
+
+
+def gradient_is_not_finite(metrics):
+    return metrics.get("skipped_steps", 0) > 0
+
+
+def verifier_is_defeated(metrics):
+    return metrics.get("grader_timeouts", 0) + metrics.get("grader_errors", 0) > 0
+
+
+# Name -> (when, told from a step's metrics; what it means, and what to try).
+FAULTS = {
+    "no signal": (
+        no_signal,
+        "every group's rewards are all equal: nothing was learnt; take easier or harder --data, or prime with sft.py",
+    ),
+    "all truncated": (
+        all_truncated,
+        "no answer ended; raise --max_completion_length, or check that the chat template writes the model's end token",
+    ),
+    "log-prob gap": (
+        sampler_and_trainer_disagree,
+        "sampler and trainer disagree: what is trained is not what was sampled; try --dtype float32",
+    ),
+    "entropy collapse": (
+        entropy_collapsed,
+        "samples hardly differ any more; go back to an earlier checkpoint, or lower --learning_rate",
+    ),
+    "vanishing updates": (
+        updates_vanish,
+        "most are below the precision of the weights and change nothing; raise --learning_rate",
+    ),
+    "non-finite gradient": (
+        gradient_is_not_finite,
+        "it updated nothing, and ten in a row end the run; lower --learning_rate, or try --dtype float32",
+    ),
+    "verifier": (
+        verifier_is_defeated,
+        "answers that defeat it score 0: see grader_timeouts, grader_errors; --grade_timeout gives it more time",
+    ),
+}

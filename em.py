@@ -31,7 +31,11 @@ import torch
 
 import bookkeeping
 import common
-from common import option
+import tasks
+from plumbing.errors import UserError, one_line_errors
+from plumbing.files import write_json
+from plumbing.options import RunArgs, option, parse
+from tasks.answers import last_boxed
 
 # Overrides of the defaults below when the embedded model runs.
 EMBEDDED = dict(
@@ -45,18 +49,21 @@ EMBEDDED = dict(
 
 
 @dataclass
-class Args(common.RunArgs):
+class Args(RunArgs):
     output_dir: str = option("runs/em", "folder of everything this run writes")
-    max_steps: int = option(10, "steps; each samples a fresh batch")
-    num_prompts: int = option(1, "prompts per step (P); 1: the same one at every step")
-    num_generations: int = option(64, "completions per prompt (G)")
-    learning_rate: float = option(2e-5, "AdamW step size, constant")
-    temperature: float = option(0.5, "of sampling and of the entropy in the loss")
-    eval_steps: int = option(2, "steps between evaluations, and between looks for the best step; 0: none")
-    prompt_index: int = option(0, "which training problem is the one prompt, from 0")
-    select: int = option(0, "choose the prompt among the first so many problems; 0: take --prompt_index")
+    max_steps: int = option(10, "steps; each samples a fresh batch", above=0)
+    num_prompts: int = option(1, "prompts per step (P); 1: the same one at every step", above=0)
+    num_generations: int = option(64, "completions per prompt (G)", above=0)
+    learning_rate: float = option(2e-5, "AdamW step size, constant", at_least=0)
+    temperature: float = option(0.5, "of sampling and of the entropy in the loss", above=0)
+    eval_steps: int = option(2, "steps between evaluations, and between looks for the best step; 0: none", at_least=0)
+    prompt_index: int = option(0, "which training problem is the one prompt, from 0", at_least=0)
+    select: int = option(0, "choose the prompt among the first so many problems; 0: take --prompt_index", at_least=0)
     select_by: Literal["variance", "disagreement"] = option("variance", "of correctness, or (label-free) of answers")
-    select_samples: int = option(16, "answers per candidate of --select")
+    select_samples: int = option(16, "answers per candidate of --select", above=0)
+
+
+VALIDATION = 256  # problems that choose the best step, at most
 
 
 def candidates(model, tokenizer, problems, args):
@@ -65,18 +72,51 @@ def candidates(model, tokenizer, problems, args):
     variance: p (1 - p) of correctness (paper, section 3). disagreement: 1 - sum_a f_a^2, the chance that two answers
     differ, f_a the share of answer a; it needs no labels. Ties go to the earlier problem.
     """
-    problems, table = problems[: args.select], []
+    problems = problems[: args.select]
     if args.select_by == "variance" and not all(problem.answer for problem in problems):
-        raise common.UserError("--select: a candidate has no answer; use --select_by disagreement, which needs none")
+        raise UserError("--select: a candidate has no answer; use --select_by disagreement, which needs none")
     n = args.select_samples
-    limits = (args.temperature, args.max_completion_length)
-    sampled = common.evaluate(model, tokenizer, problems, n, *limits, seed=args.seed)
+    settings = dict(max_completion_length=args.max_completion_length, grade_timeout=args.grade_timeout)
+    sampled = common.evaluate(model, tokenizer, problems, n, args.temperature, seed=args.seed, **settings)
+    table = []
     for i, problem in enumerate(problems):
-        answers = Counter(common.last_boxed(text) for text in sampled["rollouts"].texts[i * n : (i + 1) * n])
+        texts = sampled["rollouts"].texts[i * n : (i + 1) * n]
+        counts = Counter(last_boxed(text) for text in texts).values()
         p = sampled["rewards"][i].mean().item()
-        scores = {"variance": p * (1 - p), "disagreement": 1 - sum((count / n) ** 2 for count in answers.values())}
-        table.append({"index": i, "problem": problem.where, "accuracy": p, **scores})
+        row = {
+            "index": i,
+            "problem": problem.where,
+            "accuracy": p,
+            "variance": p * (1 - p),
+            "disagreement": 1 - sum((count / n) ** 2 for count in counts),
+        }
+        table.append(row)
     return sorted(table, key=lambda row: -row[args.select_by])
+
+
+def choose_problems(run, model, tokenizer, args):
+    """The problems to train on, and those that choose the best step: at most half of --data, its last ones.
+
+    --select writes the ranking of its candidates to candidates.json; a resumed run reads it from there.
+    """
+    kept = len(run.problems) - min(VALIDATION, len(run.problems) // 2)
+    problems = run.problems[:kept]
+    validation = run.problems[kept:]
+    if max(args.prompt_index, args.select - 1) >= kept:
+        raise UserError(f"--prompt_index, --select: {args.data} leaves {kept} problems to choose from")
+    if args.select:
+        saved = run.folder / "candidates.json"
+        if run.resumed:
+            table = json.loads(saved.read_text())
+        else:
+            table = candidates(model, tokenizer, problems, args)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_json(saved, table)
+        print(*table[:10], sep="\n")
+        problems = [problems[row["index"]] for row in table[: args.num_prompts]]
+    elif args.num_prompts == 1:
+        problems = [problems[args.prompt_index]]
+    return problems, validation
 
 
 def loss(entropy, mask):
@@ -90,22 +130,13 @@ def main(args):
 
         sft.ensure_embedded()
     run = bookkeeping.Run(args)
-    model, tokenizer, optimizer = run.load(common.load_problems(args.data, "train", 0, args.system_prompt, False))
-    kept = len(run.problems) - min(256, len(run.problems) // 2)
-    run.problems, validation = run.problems[:kept], run.problems[kept:]
-    if max(args.prompt_index, args.select - 1) >= kept:
-        raise common.UserError(f"--prompt_index, --select: {args.data} leaves {kept} problems to choose from")
-    if args.select:
-        saved = run.folder / "candidates.json"
-        table = json.loads(saved.read_text()) if run.start else candidates(model, tokenizer, run.problems, args)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        bookkeeping.write_json(saved, table)
-        print(*table[:10], sep="\n")
-        run.problems = [run.problems[row["index"]] for row in table[: args.num_prompts]]
-    elif args.num_prompts == 1:
-        run.problems = [run.problems[args.prompt_index]]
-    records = bookkeeping.read_log(run.folder / "metrics.jsonl", run.start)
-    best = max((record.get("validation_accuracy") or 0.0 for record in records), default=0.0)
+    run.exit_if_finished()
+    problems = tasks.load_problems(args.data, "train", 0, args.system_prompt, labels=False)
+    model, tokenizer, optimizer = run.load(problems)
+    run.problems, validation = choose_problems(run, model, tokenizer, args)
+    run.open_folder()
+    run.catch_signals()
+    run.evaluate(0)
 
     for step, problems in run.steps():
         # 1. Sample G completions per prompt from the policy itself and grade them.
@@ -117,10 +148,10 @@ def main(args):
             args.max_completion_length,
             args.temperature,
             args.max_rollout_tokens,
-            seed=common.step_seed(args.seed, step),
+            seed=bookkeeping.step_seed(args.seed, step),
         )
         run.lap("sampling")
-        rewards = common.grade_rollouts(rollouts, problems)  # [P, G]
+        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout)  # B; [P, G]
         run.lap("grading")
 
         # 2. One optimizer step. Log-probs are kept only to be compared with the sampler's.
@@ -131,44 +162,37 @@ def main(args):
         for rows in common.micro_batches(rollouts, range(len(rollouts.ids)), args.micro_batch_tokens):
             mask = rollouts.mask[rows]
             logps, entropy = common.completion_logps(model, rollouts, rows, args.temperature)
-            old_logps[rows] = logps = logps.detach()  # for the log only, as entropy is in grpo.py
-            run.lap("logps")
+            logps = logps.detach()  # for the log only: its graph would hold [tokens, V] through backward
+            old_logps[rows] = logps
             token_sum = loss(entropy, mask)
             (token_sum / tokens).backward()
             sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
-            run.lap("backward")
         optimizer.step()
-        run.lap("optimizer")
+        run.lap("update")
 
         # 3. Keep the best step's model.
-        validated = None
-        if validation and args.eval_steps and step % args.eval_steps == 0:
-            limits = (args.eval_samples, args.eval_temperature, args.max_completion_length)
-            validated = common.evaluate(model, tokenizer, validation, *limits)["accuracy"]
-            if validated > best:
-                best = validated
-                run.write_model(run.folder / "best", step)
+        validated = run.keep_best(step, validation)
         run.lap("validation")
 
-        # 4. Log; then evaluate and save where due.
-        run.log(
-            step,
-            problems,
-            rollouts,
-            rewards,
-            None,
-            dict(
-                phase="whole",
-                validation_accuracy=validated,
-                **optimizer.summary(),
-                **common.per_token(sums),
-                **common.logp_gap(rollouts, old_logps, range(len(rollouts.ids))),
-            ),
+        # 4. Log; evaluate and save where due.
+        run.log_completions(step, problems, rollouts, rewards, None)
+        record = dict(
+            **common.measure(rollouts, verdicts, rewards),
+            tokens_per_second=rollouts.lengths.sum().item() / run.seconds(),
+            phase="whole",
+            validation_accuracy=validated,
+            **optimizer.summary(),
+            **common.per_token(sums),
+            **common.logp_gap(rollouts, old_logps, range(len(rollouts.ids))),
         )
+        run.log(step, record)
+        run.stop_if_ungraded(step, verdicts)
+        run.evaluate(step)
         run.save(step)
+        run.exit_if_interrupted(step)
     run.finish()
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
-        main(common.parse(Args, EMBEDDED))
+    with one_line_errors():
+        main(parse(Args, EMBEDDED))

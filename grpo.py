@@ -24,7 +24,9 @@ import torch
 
 import bookkeeping
 import common
-from common import option
+from plumbing.errors import UserError, one_line_errors
+from plumbing.models import load_model
+from plumbing.options import RunArgs, option, parse
 
 # Overrides of the defaults below when the embedded model runs.
 EMBEDDED = dict(
@@ -43,21 +45,21 @@ EMBEDDED = dict(
 
 
 @dataclass
-class Args(common.RunArgs):
+class Args(RunArgs):
     output_dir: str = option("runs/grpo", "folder of everything this run writes")
-    max_steps: int = option(300, "steps; each samples a fresh batch")
-    num_prompts: int = option(128, "prompts per step (P)")
-    num_generations: int = option(8, "completions per prompt (G)")
+    max_steps: int = option(300, "steps; each samples a fresh batch", above=0)
+    num_prompts: int = option(128, "prompts per step (P)", above=0)
+    num_generations: int = option(8, "completions per prompt (G)", above=0)
     num_minibatches: int = option(
-        4, "optimizer updates per step, each on num_prompts / num_minibatches prompts; 1 is on-policy"
+        4, "optimizer updates per step, each on num_prompts / num_minibatches prompts; 1 is on-policy", above=0
     )
     advantage: Literal["group_normalised", "group_centred", "leave_one_out", "batch_whitened"] = option(
         "group_normalised", "estimator: GRPO, Dr.GRPO, RLOO, REINFORCE++"
     )
-    epsilon: float = option(0.2, "clip range of the ratio below 1, and above it without --epsilon_high")
-    epsilon_high: float | None = option(None, "clip range of the ratio above 1 (clip-higher)")
-    delta: float = option(10.0, "dual clip: a negative advantage weighs at most this many times; above 1")
-    beta: float = option(0.0, "weight of the KL to the starting model; 0 loads no reference")
+    epsilon: float = option(0.2, "clip range of the ratio below 1, and above it without --epsilon_high", at_least=0)
+    epsilon_high: float | None = option(None, "clip range of the ratio above 1 (clip-higher)", at_least=0)
+    delta: float = option(10.0, "dual clip: a negative advantage weighs at most this many times; above 1", above=1)
+    beta: float = option(0.0, "weight of the KL to the starting model; 0 loads no reference", at_least=0)
 
 
 def advantages(rewards, lengths, estimator="group_normalised"):
@@ -109,16 +111,22 @@ def loss(logps, old_logps, advantages, mask, args, ref_logps=None):
 
 def main(args):
     if args.num_generations < 2 and args.advantage != "batch_whitened":
-        raise common.UserError(f"--num_generations {args.num_generations}: a group baseline needs at least 2")
+        raise UserError(f"--num_generations {args.num_generations}: a group baseline needs at least 2")
     if args.num_prompts % args.num_minibatches:
-        raise common.UserError(f"--num_minibatches {args.num_minibatches}: must divide --num_prompts")
+        raise UserError(f"--num_minibatches {args.num_minibatches}: must divide --num_prompts")
     if args.model == "embedded":
         import sft
 
         sft.ensure_embedded()
     run = bookkeeping.Run(args)
+    run.exit_if_finished()
     model, tokenizer, optimizer = run.load()
-    reference = common.load_model(args.model, args.device, args.dtype)[0] if args.beta > 0 else None
+    reference = None
+    if args.beta > 0:
+        reference, _ = load_model(args.model, args.device, args.dtype)
+    run.open_folder()
+    run.catch_signals()
+    run.evaluate(0)
 
     for step, problems in run.steps():
         # 1. Sample G completions per prompt from the policy itself and grade them.
@@ -130,10 +138,10 @@ def main(args):
             args.max_completion_length,
             args.temperature,
             args.max_rollout_tokens,
-            seed=common.step_seed(args.seed, step),
+            seed=bookkeeping.step_seed(args.seed, step),
         )
         run.lap("sampling")
-        rewards = common.grade_rollouts(rollouts, problems)  # [P, G]
+        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout)  # B; [P, G]
         A = advantages(rewards, rollouts.lengths.view(rewards.shape).cpu(), args.advantage)
         A_rows = A.view(-1, 1).to(model.device)  # [B, 1], the same for every token of a completion
         run.lap("grading")
@@ -165,34 +173,32 @@ def main(args):
                 if reference is not None:
                     with torch.no_grad():
                         ref_logps, _ = common.completion_logps(reference, rollouts, rows, args.temperature)
-                run.lap("logps")
                 token_sum, metrics = loss(logps, old_logps[rows], A_rows[rows], mask, args, ref_logps)
                 (token_sum / tokens).backward()
                 sums.update(metrics)
                 sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
-                run.lap("backward")
             if minibatch_live:
                 optimizer.step()
-            run.lap("optimizer")
+        run.lap("update")
 
-        # 4. Log; then evaluate and save where due.
-        run.log(
-            step,
-            problems,
-            rollouts,
-            rewards,
-            A,
-            dict(
-                phase="whole",
-                **optimizer.summary(),
-                **common.per_token(sums),
-                **common.logp_gap(rollouts, old_logps, live),
-            ),
+        # 4. Log; evaluate and save where due.
+        run.log_completions(step, problems, rollouts, rewards, A)
+        record = dict(
+            **common.measure(rollouts, verdicts, rewards),
+            tokens_per_second=rollouts.lengths.sum().item() / run.seconds(),
+            phase="whole",
+            **optimizer.summary(),
+            **common.per_token(sums),
+            **common.logp_gap(rollouts, old_logps, live),
         )
+        run.log(step, record)
+        run.stop_if_ungraded(step, verdicts)
+        run.evaluate(step)
         run.save(step)
+        run.exit_if_interrupted(step)
     run.finish()
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
-        main(common.parse(Args, EMBEDDED))
+    with one_line_errors():
+        main(parse(Args, EMBEDDED))

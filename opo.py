@@ -27,7 +27,8 @@ import torch
 
 import bookkeeping
 import common
-from common import option
+from plumbing.errors import UserError, one_line_errors
+from plumbing.options import RunArgs, option, parse
 
 # Overrides of the defaults below when the embedded model runs.
 EMBEDDED = dict(
@@ -45,11 +46,11 @@ EMBEDDED = dict(
 
 
 @dataclass
-class Args(common.RunArgs):
+class Args(RunArgs):
     output_dir: str = option("runs/opo", "folder of everything this run writes")
-    max_steps: int = option(300, "steps; each samples a fresh batch")
-    num_prompts: int = option(128, "prompts per step (P)")
-    num_generations: int = option(8, "completions per prompt (G)")
+    max_steps: int = option(300, "steps; each samples a fresh batch", above=0)
+    num_prompts: int = option(128, "prompts per step (P)", above=0)
+    num_generations: int = option(8, "completions per prompt (G)", above=0)
 
 
 def advantages(rewards, lengths):
@@ -74,13 +75,17 @@ def loss(logps, advantages, mask):
 
 def main(args):
     if args.num_generations < 2:
-        raise common.UserError(f"--num_generations {args.num_generations}: a group baseline needs at least 2")
+        raise UserError(f"--num_generations {args.num_generations}: a group baseline needs at least 2")
     if args.model == "embedded":
         import sft
 
         sft.ensure_embedded()
     run = bookkeeping.Run(args)
+    run.exit_if_finished()
     model, tokenizer, optimizer = run.load()
+    run.open_folder()
+    run.catch_signals()
+    run.evaluate(0)
 
     for step, problems in run.steps():
         # 1. Sample G completions per prompt from the policy itself and grade them.
@@ -92,10 +97,10 @@ def main(args):
             args.max_completion_length,
             args.temperature,
             args.max_rollout_tokens,
-            seed=common.step_seed(args.seed, step),
+            seed=bookkeeping.step_seed(args.seed, step),
         )
         run.lap("sampling")
-        rewards = common.grade_rollouts(rollouts, problems)  # [P, G]
+        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout)  # B; [P, G]
         A = advantages(rewards, rollouts.lengths.view(rewards.shape).cpu())
         A_rows = A.view(-1, 1).to(model.device)  # [B, 1], the same for every token of a completion
         run.lap("grading")
@@ -112,33 +117,31 @@ def main(args):
             logps, entropy = common.completion_logps(model, rollouts, rows, args.temperature)
             entropy = entropy.detach()  # for the log only: its graph would hold [tokens, V] through backward
             old_logps[rows] = logps.detach()
-            run.lap("logps")
             token_sum = loss(logps, A_rows[rows], mask)
             (token_sum / tokens).backward()
             sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
-            run.lap("backward")
         if live:
             optimizer.step()
-        run.lap("optimizer")
+        run.lap("update")
 
-        # 3. Log; then evaluate and save where due.
-        run.log(
-            step,
-            problems,
-            rollouts,
-            rewards,
-            A,
-            dict(
-                phase="whole",
-                **optimizer.summary(),
-                **common.per_token(sums),
-                **common.logp_gap(rollouts, old_logps, live),
-            ),
+        # 3. Log; evaluate and save where due.
+        run.log_completions(step, problems, rollouts, rewards, A)
+        record = dict(
+            **common.measure(rollouts, verdicts, rewards),
+            tokens_per_second=rollouts.lengths.sum().item() / run.seconds(),
+            phase="whole",
+            **optimizer.summary(),
+            **common.per_token(sums),
+            **common.logp_gap(rollouts, old_logps, live),
         )
+        run.log(step, record)
+        run.stop_if_ungraded(step, verdicts)
+        run.evaluate(step)
         run.save(step)
+        run.exit_if_interrupted(step)
     run.finish()
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
-        main(common.parse(Args, EMBEDDED))
+    with one_line_errors():
+        main(parse(Args, EMBEDDED))

@@ -3,15 +3,12 @@
 Objective, a mean over all completion tokens of a batch:
     L = -log pi(o_t | prompt, o_<t)
 
-The embedded task is a chain of three additions and subtractions. Its teacher is imperfect on purpose, in two ways: it
-works step by step in 60% of its examples and guesses at once in 40% (right 3 times in 10); and it slips in 18% of its
-steps. A model that imitates it has a mode that is better than its samples: a better behaviour is there to be amplified.
-That is what the reinforcement learning of grpo.py, bupo.py and opo.py finds, and what the entropy minimization of em.py
-bets on.
+The embedded model imitates the teacher of tasks/arithmetic.py, who is imperfect on purpose: its mode is better than its
+samples, so that there is a better behaviour to be amplified by the other scripts.
 
 Priming (https://arxiv.org/abs/2503.01307) imitates trajectories that show chosen behaviours, before reinforcement
 learning begins: do these decide whether it succeeds? Scripted solvers write them for arithmetic and Countdown, in the
-notation that analyze_trajectory.py documents and counts. verification: a step is checked by the inverse operation, a
+notation that tasks/behaviours.py documents and counts. verification: a step is checked by the inverse operation, a
 Countdown result against the target; backtracking: back after a slip or a failed attempt; subgoal_setting: step by step;
 backward_chaining: from the target, or the chain's end, backwards. In a chain all of them work in steps: there is
 nothing else to check. Controls: wrong answers only, no thinking, filler in place of thinking.
@@ -24,9 +21,7 @@ A data row holds 'prompt' (or 'problem', 'question') and 'response', or 'message
     python sft.py --model Qwen/Qwen3-0.6B --data trajectories.jsonl
 """
 
-import ast
 import dataclasses
-import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -38,13 +33,16 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import bookkeeping
 import common
-from common import option
-
-BEHAVIOURS = ("verification", "backtracking", "subgoal_setting", "backward_chaining")
+import tasks
+from plumbing.errors import UserError, one_line_errors
+from plumbing.options import EMBEDDED_MODEL, RunArgs, option, parse
+from plumbing.runs import step_of
+from tasks.behaviours import BEHAVIOURS
+from tasks.data_files import fields_of, is_prompt, read_rows
 
 # Overrides of the defaults below when the embedded model is built.
 EMBEDDED = dict(
-    output_dir=str(common.EMBEDDED_MODEL),
+    output_dir=str(EMBEDDED_MODEL),
     system_prompt="",
     max_steps=1600,
     num_prompts=32,
@@ -59,11 +57,13 @@ EMBEDDED = dict(
 
 
 @dataclass
-class Args(common.RunArgs):
+class Args(RunArgs):
     output_dir: str = option("runs/sft", "folder of everything this run writes")
-    max_steps: int = option(80, "optimizer steps")
-    num_prompts: int = option(64, "trajectories per step")
-    learning_rate: float = option(1e-5, "AdamW peak step size; a tenth of the steps warms up, a cosine decays to 0")
+    max_steps: int = option(80, "optimizer steps", above=0)
+    num_prompts: int = option(64, "trajectories per step", above=0)
+    learning_rate: float = option(
+        1e-5, "AdamW peak step size; a tenth of the steps warms up, a cosine decays to 0", at_least=0
+    )
     direct: bool = option(False, "build a base that only answers at once: problems by guessing, single sums rightly")
     behaviours: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": f"prime with scripted trajectories that show any of {BEHAVIOURS}"}
@@ -71,38 +71,43 @@ class Args(common.RunArgs):
     wrong_answers_only: bool = option(False, "prime with trajectories whose answer is wrong (default: all behaviours)")
     empty: bool = option(False, "prime with the answers alone, without any thinking")
     filler: bool = option(False, "prime with dots in place of the thinking, as many characters")
-    problems: int = option(0, "of built-in data, the first so many; 0: 20,000 of arithmetic, 4,096 of Countdown")
-    trajectories_per_problem: int = option(0, "as many are written once and drawn again and again; 0: always a new one")
+    problems: int = option(
+        0, "of built-in data, the first so many; 0: 20,000 of arithmetic, 4,096 of Countdown", at_least=0
+    )
+    trajectories_per_problem: int = option(
+        0, "as many are written once and drawn again and again; 0: always a new one", at_least=0
+    )
 
     def __post_init__(self):
         super().__post_init__()
         for name in self.behaviours:
             if name not in BEHAVIOURS:
-                raise common.UserError(f"--behaviours {name}: choose from {', '.join(BEHAVIOURS)}")
-        if self.direct + self.empty + self.filler > 1:
-            raise common.UserError("--direct, --empty, --filler: choose one")
+                raise UserError(f"--behaviours {name}: choose from {', '.join(BEHAVIOURS)}")
+        if [self.direct, self.empty, self.filler].count(True) > 1:
+            raise UserError("--direct, --empty, --filler: choose one")
         if self.wrong_answers_only or self.empty or self.filler:
             self.behaviours = self.behaviours or list(BEHAVIOURS)
 
 
-@dataclass
-class Trajectory(common.Problem):
-    """A problem with the completion to imitate; '' lets the teacher or a scripted solver write one at every visit."""
-
-    response: str = ""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The embedded model and its teacher
+# The embedded model
 # ---------------------------------------------------------------------------------------------------------------------
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 
 def embedded_tokenizer():
     """One token per printable ASCII character, one for '\\boxed{', and the marks of a chat: any English text goes
     through."""
     special = ["<|pad|>", "<|end|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    words = [*special, "\\boxed{", "\n", *map(chr, range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
+    characters = [chr(code) for code in range(32, 127)]
+    words = [*special, "\\boxed{", "\n", *characters]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -110,12 +115,8 @@ def embedded_tokenizer():
         pad_token="<|pad|>",
         eos_token="<|end|>",
         unk_token="<|unk|>",
-        additional_special_tokens=special[3:],
-        chat_template=(
-            "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
-            "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-        ),
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -147,196 +148,111 @@ def build_embedded(folder, seed=0):
 def ensure_embedded():
     """Build the embedded model, or finish building it, unless it is there."""
     args = Args(**EMBEDDED)
-    if bookkeeping.step_of(Path(args.output_dir)) < args.max_steps:
+    if step_of(Path(args.output_dir)) < args.max_steps:
         main(args)
-
-
-GUESSES = 0.4  # share of examples answered at once, right 3 times in 10
-SLIPS = 0.18  # share of wrong steps: samples are right one time in three at most, however well the model has learnt
-
-
-def teach(text, generator, guesses=GUESSES):
-    """The imperfect teacher's completion for an arithmetic prompt such as '7+15-3+8='.
-
-    Step by step: '7+15=22;22-3=19;19+8=27;\\boxed{27}'. A slip puts a wrong result, and the work goes on from there.
-    """
-    terms = terms_of(text)
-    value, steps = int(terms[0]), []
-    if generator.random() >= 1 - guesses:  # a guess at once
-        value = sum(map(int, terms))
-        value += 0 if generator.random() < 0.3 else wrong_by(value, generator)
-        return f"\\boxed{{{value}}}"
-    for term in terms[1:]:
-        result = value + int(term)
-        result += wrong_by(result, generator) if generator.random() < SLIPS else 0
-        steps.append(f"{value}{term}={result}")
-        value = result
-    return ";".join([*steps, f"\\boxed{{{value}}}"])
-
-
-def terms_of(text):
-    """'7+15-3+8=' -> ['7', '+15', '-3', '+8']."""
-    return text.rstrip("=").replace("+", " +").replace("-", " -").split()
-
-
-def wrong_by(value, generator):
-    """A nonzero error of at most 9 that leaves value + error at 0 or above, or as near as it can."""
-    return generator.choice([error for error in range(-min(9, max(-9, value)), 10) if error])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Priming: scripted solvers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def solve_chain(text, behaviours, wrong, generator):
-    """Thinking and answer for an arithmetic prompt. Backwards starts with the last operation; if step by step is asked
-    for, too, either happens. wrong: one step slips, its check as well, and it goes unnoticed."""
-    terms, thinking = list(map(int, terms_of(text))), ""
-    backward = "backward_chaining" in behaviours and ("subgoal_setting" not in behaviours or generator.random() < 0.5)
-    terms = terms[::-1] if backward else terms
-    value, unnoticed = terms[0], generator.randrange(1, len(terms)) if wrong else 0
-    for i, term in enumerate(terms[1:], 1):
-        x, y = (term, value) if backward else (value, term)  # the step is x + y
-
-        def step(result, undone):
-            check = f"?{result}{-y:+d}={undone}" if "verification" in behaviours else ""
-            return f"{'<' if backward else ''}{x}{y:+d}={result}{check}"
-
-        value = x + y
-        slip = value + wrong_by(value, generator)
-        if i == unnoticed:
-            value = slip
-        elif "backtracking" in behaviours and generator.random() < 0.3:
-            thinking += step(slip, slip - y) + "~"
-        thinking += step(value, x) + ";"
-    return thinking, str(value)
-
-
-SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-
-
-def calculate(x, sign, y):
-    """x sign y for integers; 0 where a division leaves a remainder."""
-    return {"+": x + y, "-": x - y, "*": x * y, "/": 0 if x % y else x // y}[sign]
-
-
-def steps_of(node):
-    """Syntax tree of an expression -> (value, steps): a step for every operation, operands first."""
-    if isinstance(node, ast.Constant):
-        return node.value, []
-    (x, left), (y, right), sign = steps_of(node.left), steps_of(node.right), SIGNS[type(node.op)]
-    value = calculate(x, sign, y)
-    return value, [*left, *right, f"{x}{sign}{y}={value}"]
-
-
-def undo_last(node, target):
-    """Syntax tree of an expression -> (step back from the target, number then needed, tree of what must make it): with
-    target 24 '(8+6)+5' gives '<24-5=19', 19 and 8+6. None where no plain number can be undone to an integer above 0."""
-    sign, number, rest = SIGNS[type(node.op)], node.right, node.left
-    if isinstance(node.left, ast.Constant) and sign in "+*":
-        number, rest = rest, number
-    if isinstance(number, ast.Constant) and not isinstance(rest, ast.Constant):
-        inverse = dict(zip("+-*/", "-+/*"))[sign]
-        needed = calculate(target, inverse, number.value)
-        return (f"<{target}{inverse}{number.value}={needed};", needed, rest) if needed > 0 else None
-
-
-def solve_countdown(problem, behaviours, wrong, generator):
-    """Thinking and answer for a Countdown problem: with backtracking up to three attempts that fail, then the solution.
-    wrong: the last attempt fails, too, and is the answer."""
-    signs, expressions = "+-*/" if "<think>" in problem.prompt else "+-*", [problem.answer]
-    failures = generator.randint(0, 3) if "backtracking" in behaviours else 0
-    for _ in range(failures + wrong):
-        value, expression = problem.target, ""
-        while value == problem.target:
-            value, expression = common.combine(problem.numbers, generator, signs)
-        expressions.insert(0, expression)
-    expressions, thinking = expressions[: failures + 1], ""
-    for i, expression in enumerate(expressions):
-        node, goal = ast.parse(expression, mode="eval").body, problem.target
-        undone = undo_last(node, goal) if "backward_chaining" in behaviours else None
-        if undone:
-            back, goal, node = undone
-            thinking += back
-        value, steps = steps_of(node)
-        thinking += ";".join(steps) if "subgoal_setting" in behaviours or undone else f"{expression}={value}"
-        thinking += f"?{value}={goal}" if "verification" in behaviours else ""
-        thinking += "~" if i < failures else ";"
-    return thinking, expressions[-1]
-
-
-def write(problem, args, generator):
-    """A completion of a built-in problem: by a scripted solver if --behaviours, else by a teacher. In Countdown the
-    teacher always answers at once, right 3 times in 10."""
-    text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
-    if not args.behaviours and not problem.numbers:
-        return teach(text, generator, 1.0 if args.direct else GUESSES)
-    wrong = args.wrong_answers_only or (not args.behaviours and generator.random() >= 0.3)
-    if problem.numbers:
-        thinking, answer = solve_countdown(problem, args.behaviours, wrong, generator)
-    else:
-        thinking, answer = solve_chain(text, args.behaviours, wrong, generator)
-    thinking = "." * len(thinking) if args.filler else "" if args.empty or not args.behaviours else thinking
-    if "<think>" in text:
-        return f"<think>{thinking}</think>\n<answer>{answer}</answer>"
-    return f"{thinking}\\boxed{{{answer}}}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Trajectories
 # ---------------------------------------------------------------------------------------------------------------------
 
+DIRECT_PROBLEMS = 4096  # with --direct: about as many as there are exercises
 
-def single_steps(largest, signs):
-    """Every 'x+y=' with x to 99 and y to `largest` that gives 0 to 99, for other signs alike, with its one step and the
-    answer: a base that knows these can calculate, but has never seen one step follow another."""
-    found = []
-    for x, sign, y in itertools.product(range(100), signs, range(1, largest + 1)):
-        if 0 <= calculate(x, sign, y) <= 99:
-            step = f"{x}{sign}{y}={calculate(x, sign, y)}"
-            found.append(Trajectory(f"{x}{sign}{y}=", "", response=f"{step};\\boxed{{{calculate(x, sign, y)}}}"))
-    return found
+
+@dataclass
+class Trajectory(tasks.Problem):
+    """A prompt with the completion to imitate."""
+
+    response: str = ""  # '' for a built-in problem, whose completion is written anew at every visit
+    problem: tasks.Problem | None = None  # that built-in problem
 
 
 def load_trajectories(source, system_prompt="", limit=0, direct=False):
-    """Trajectories of `source`: built-in problems, the first `limit`, for which a completion is written when its turn
-    comes, and if `direct` about as many single steps; or a JSONL file. Raises UserError."""
-    if source in common.BUILT_IN:
-        limit = limit or (4096 if direct or source != "arithmetic" else 20000)
-        problems = [Trajectory(**vars(p)) for p in common.load_problems(source, "train", limit, system_prompt)]
-        singles = single_steps(20, "+-") if source == "arithmetic" else single_steps(9, "+-*")
-        return problems + singles * direct
-    trajectories = []
-    for where, row in common.read_rows(source):
-        prompt, response = (
-            next((row[n] for n in ("prompt", "problem", "question") if row.get(n)), None),
-            row.get("response"),
-        )
-        if common.is_prompt(row.get("messages")) and row["messages"][-1]["role"] == "assistant":
-            prompt, response = row["messages"][:-1], row["messages"][-1]["content"]
-        if not common.is_prompt(prompt) or not isinstance(response, str) or not response:
-            found = f"found fields {', '.join(map(str, row)) or 'none'}"[:300]
-            raise common.UserError(f"{where}: no trajectory; expected 'prompt' and 'response', or 'messages'; {found}")
-        trajectories.append(Trajectory(prompt, "", where, response=response))
+    """Trajectories of `source`: a built-in task's first `limit` problems, and if `direct` its exercises; or the rows of
+    a JSONL file. Raises UserError."""
+    if source in tasks.built_in():
+        return built_in_trajectories(source, system_prompt, limit, direct)
+    trajectories = [trajectory_from_row(where, row) for where, row in read_rows(source)]
     if not trajectories:
-        raise common.UserError(f"{source}: holds no trajectory; every line must hold one JSON object")
-    return common.add_system_prompt(trajectories, system_prompt)
+        raise UserError(f"{source}: holds no trajectory; every line must hold one JSON object")
+    return tasks.add_system_prompt(trajectories, system_prompt)
+
+
+def built_in_trajectories(source, system_prompt, limit, direct):
+    """Trajectories of a built-in task, see `load_trajectories`. The exercises get no system prompt."""
+    task = tasks.built_in()[source]
+    if not limit:
+        limit = DIRECT_PROBLEMS if direct else task.DEFAULT_TRAJECTORIES
+    trajectories = []
+    for problem in tasks.load_problems(source, "train", limit, system_prompt):
+        trajectories.append(Trajectory(problem.prompt, problem.answer, problem.where, problem=problem))
+    if direct:
+        for prompt, response in task.exercises():
+            trajectories.append(Trajectory(prompt, "", response=response))
+    return trajectories
+
+
+def trajectory_from_row(where, row):
+    """One row -> Trajectory. where: the row's source, for messages. Raises UserError."""
+    messages = row.get("messages")
+    if is_prompt(messages) and messages[-1]["role"] == "assistant":
+        prompt = messages[:-1]
+        response = messages[-1]["content"]
+    else:
+        prompt = row.get("prompt") or row.get("problem") or row.get("question")
+        response = row.get("response")
+    if not is_prompt(prompt) or not isinstance(response, str) or not response:
+        expected = "expected 'prompt' and 'response', or 'messages'"
+        raise UserError(f"{where}: no trajectory; {expected}; {fields_of(row)}")
+    return Trajectory(prompt, "", where, response=response)
+
+
+def write(problem, args, generator):
+    """A completion of a built-in problem: by the task's scripted solver if --behaviours, else by its teacher."""
+    task = tasks.built_in()[args.data]
+    if not args.behaviours:
+        if args.direct:
+            return task.teach(problem, generator, guesses=1.0)
+        return task.teach(problem, generator)
+    thinking, answer = task.solve(problem, args.behaviours, args.wrong_answers_only, generator)
+    if args.empty:
+        thinking = ""
+    if args.filler:
+        thinking = "." * len(thinking)
+    return task.complete(problem, thinking, answer)
+
+
+def completion_at(visit, trajectory, args):
+    """The completion to imitate at one visit of a trajectory.
+
+    visit: a text that no other visit has, the seed of what is written. With --trajectories_per_problem it only decides
+    which one of so many seeds of this problem is taken.
+    """
+    if trajectory.response:
+        return trajectory.response
+    if args.trajectories_per_problem:
+        chosen = random.Random(visit).randrange(args.trajectories_per_problem)
+        visit = f"{args.seed}-{trajectory.where}-{chosen}"
+    return write(trajectory.problem, args, random.Random(visit))
 
 
 def collate(tokenizer, trajectories, seed, device, args=None):
     """Trajectories -> Rollouts (ids, masks) whose completions end with the tokenizer's end token, which is trained too.
 
-    args: how to write the completions of those that have none; the seed is that of the visit.
+    args: how to write the completions of those that have none. seed: that of the step.
     """
     completions = []
-    for i, t in enumerate(trajectories):
-        visit = f"{seed}-{i}"
-        if args and args.trajectories_per_problem:  # one of so many, which are the same at every visit
-            visit = f"{args.seed}-{t.where}-{random.Random(visit).randrange(args.trajectories_per_problem)}"
-        text = t.response or write(t, args, random.Random(visit))
-        completions.append(tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
-    return common.assemble([t.ids for t in trajectories], completions, tokenizer.pad_token_id, device)
+    for i, trajectory in enumerate(trajectories):
+        text = completion_at(f"{seed}-{i}", trajectory, args)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        completions.append(ids + [tokenizer.eos_token_id])
+    prompts = [trajectory.ids for trajectory in trajectories]
+    return common.assemble(prompts, completions, tokenizer.pad_token_id, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def loss(logps, mask):
@@ -344,46 +260,83 @@ def loss(logps, mask):
     return -(logps * mask).sum()
 
 
+def schedule(step, max_steps):
+    """(warm-up, decay) of a step, both in 0..1; the step size is their product times the peak. A tenth of the steps
+    rises in a straight line, the others fall along a cosine."""
+    rising = max(1, max_steps // 10)
+    falling = max(1, max_steps - rising)
+    warmup = min(1.0, step / rising)
+    decay = 0.5 + 0.5 * math.cos(math.pi * max(0, step - rising) / falling)
+    return warmup, decay
+
+
+def check_data(args):
+    """Raise UserError for options that do not go with --data, --model or --output_dir."""
+    plain = Args()
+    changed = []  # options about what is written, which only a built-in task can be told
+    for name in ("direct", "behaviours", "problems", "trajectories_per_problem"):
+        if getattr(args, name) != getattr(plain, name):
+            changed.append(name)
+    has_task = args.data in tasks.built_in()
+    if changed and not has_task:
+        raise UserError(f"--{changed[0]}: is for built-in data; {args.data} has its own trajectories")
+    builds_embedded = args.model == "embedded" and args.data == tasks.DEFAULT and not changed
+    if Path(args.output_dir) == EMBEDDED_MODEL and not builds_embedded:
+        raise UserError(f"--output_dir {args.output_dir}: is for the plain embedded model; pass another folder")
+    if args.model == "embedded" and not has_task:
+        raise UserError(f"--data {args.data}: is for a trained model; pass one as --model, say runs/tiny")
+
+
+def untrained_embedded(args):
+    """Where the embedded model lies before its first step; it is built unless it is there. From here on it takes the
+    same road as any model folder."""
+    folder = Path(args.output_dir) / "start"
+    if args.overwrite or not (folder / "tokenizer.json").exists():
+        build_embedded(folder, args.seed)
+    return str(folder)
+
+
 def main(args):
-    written = ("direct", "behaviours", "problems", "trajectories_per_problem")
-    changed = [name for name in written if getattr(args, name) != getattr(Args(), name)]
-    if changed and args.data not in common.BUILT_IN:
-        raise common.UserError(f"--{changed[0]}: is for built-in data; {args.data} has its own trajectories")
-    plain = not changed and (args.model, args.data) == ("embedded", "arithmetic")
-    if not plain and Path(args.output_dir) == common.EMBEDDED_MODEL:
-        raise common.UserError(f"--output_dir {args.output_dir}: is for the plain embedded model; pass another folder")
+    check_data(args)
     if args.model == "embedded":
-        if args.data not in common.BUILT_IN:
-            raise common.UserError(f"--data {args.data}: is for a trained model; pass one as --model, say runs/tiny")
-        start = Path(args.output_dir) / "start"  # the untrained model: the same road as any model folder from here on
-        if args.overwrite or not (start / "tokenizer.json").exists():
-            build_embedded(start, args.seed)
-        args = dataclasses.replace(args, model=str(start))
+        args = dataclasses.replace(args, model=untrained_embedded(args))
     run = bookkeeping.Run(args)
-    model, tokenizer, optimizer = run.load(load_trajectories(args.data, args.system_prompt, args.problems, args.direct))
+    run.exit_if_finished()
+    trajectories = load_trajectories(args.data, args.system_prompt, args.problems, args.direct)
+    model, tokenizer, optimizer = run.load(trajectories)
+    run.open_folder()
+    run.catch_signals()
+    run.evaluate(0)
 
     for step, trajectories in run.steps():
-        batch = collate(tokenizer, trajectories, common.step_seed(args.seed, step), model.device, args)
+        batch = collate(tokenizer, trajectories, bookkeeping.step_seed(args.seed, step), model.device, args)
         model.train()
-        tokens, total = batch.mask.sum(), 0.0
+        tokens = batch.mask.sum()
+        mean_loss = 0.0
         for rows in common.micro_batches(batch, range(len(trajectories)), args.micro_batch_tokens):
-            logps = common.completion_logps(model, batch, rows, temperature=1.0)[0]
-            value = loss(logps, batch.mask[rows]) / tokens
-            value.backward()
-            total += value.item()
-        run.lap("forward_backward")
-        warmup = max(1, args.max_steps // 10)
-        decay = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, args.max_steps - warmup))
-        optimizer.step(args.learning_rate * min(1.0, step / warmup) * decay)
-        run.lap("optimizer")
-        figures = dict(loss=total, tokens=int(tokens), **optimizer.summary())
+            logps, entropy = common.completion_logps(model, batch, rows, temperature=1.0)
+            del entropy  # its graph would hold [tokens, V] through backward
+            share = loss(logps, batch.mask[rows]) / tokens
+            share.backward()
+            mean_loss += share.item()
+        warmup, decay = schedule(step, args.max_steps)
+        optimizer.step(args.learning_rate * warmup * decay)
+        run.lap("update")
+
+        metrics = dict(
+            loss=mean_loss,
+            tokens=int(tokens),
+            **optimizer.summary(),
+        )
         if decay < 0.01:
-            figures["updated_share"] = None  # where the cosine ends, updates vanish as they should: no reason to warn
-        run.record(step, figures)
+            metrics["updated_share"] = None  # where the cosine ends, updates vanish as they should: no reason to warn
+        run.log(step, metrics)
+        run.evaluate(step)
         run.save(step)
+        run.exit_if_interrupted(step)
     run.finish()
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
-        main(common.parse(Args, EMBEDDED))
+    with one_line_errors():
+        main(parse(Args, EMBEDDED))

@@ -3,13 +3,12 @@
 import copy
 import json
 import math
-import runpy
-import sys
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOKENIZER, run_script, tiny_model, write_jsonl
+from helpers import TOKENIZER, run_script, tiny_model, write_jsonl
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +17,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 import analyze_entropy
 import common
 from analyze_entropy import analyze, boundary_layer, stages
+from plumbing.errors import UserError
+from plumbing.options import RunArgs
 
 # All with two query heads per key-value head; Qwen3 with its norms on queries and keys, Qwen2 with biases.
 KINDS = pytest.mark.parametrize(
@@ -64,55 +65,95 @@ def assert_same(result, expected, tolerance):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def brute_force(model, prompts, completions, temperature, answer):
-    """What `analyze` returns, by the textbook formulas: answer by answer without padding, every activation kept."""
-    model, kept = copy.deepcopy(model).double(), {}
-    blocks, head = model.model.layers, model.get_output_embeddings()
-    for k, block in enumerate(blocks):
+def watched(model):
+    """A copy in double precision, and a dict that will hold what every part of every block gave last."""
+    model = copy.deepcopy(model).double()
+    kept = {}
+    for k, block in enumerate(model.model.layers):
         for part in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
 
             def keep(module, inputs, output, key=(k, part)):
                 kept[key] = output[0] if isinstance(output, tuple) else output
 
             getattr(block, part).register_forward_hook(keep)
-    tokens = [[] for _ in blocks]  # per block, a dict of numbers per token
-    whole, depths = [], len(blocks) + 2
-    heat = {lens: {name: [[] for _ in range(depths)] for name in ("entropy", "top")} for lens in ("", "normed_")}
+    return model, kept
+
+
+def states_of(k, hidden_states, kept):
+    """What enters, passes and leaves block k, by the names of entropy.json."""
+    pre = hidden_states[k]
+    attn = kept[k, "self_attn"]
+    mlp = kept[k, "mlp"]
+    return dict(
+        resid_pre=pre,
+        attn_in=kept[k, "input_layernorm"],
+        attn_out=attn,
+        resid_mid=pre + attn,
+        mlp_in=kept[k, "post_attention_layernorm"],
+        mlp_out=mlp,
+        resid_post=pre + attn + mlp,
+    )
+
+
+def entropy_of(logps):
+    return torch.distributions.Categorical(logits=logps).entropy()
+
+
+@torch.no_grad()
+def brute_force(model, prompts, completions, temperature, answer):
+    """What `analyze` returns, by the textbook formulas: answer by answer without padding, every activation kept."""
+    model, kept = watched(model)
+    L = len(model.model.layers)
+    lenses = {"": torch.nn.Identity(), "normed_": model.model.norm}
+    sums = [Counter() for _ in range(L)]
+    whole = Counter()
+    heat = {}
+    for lens in lenses:
+        heat[lens] = dict(entropy=[[] for _ in range(L + 2)], top=[[] for _ in range(L + 2)])
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         outputs = model(torch.tensor([prompt + completion]), output_hidden_states=True)
-        produced, target = slice(len(prompt) - 1, -1), torch.tensor(completion)
+        produced = slice(len(prompt) - 1, -1)
+        target = torch.tensor(completion)
         final = F.log_softmax(outputs.logits[0, produced] / temperature, -1)
-        final_entropy = torch.distributions.Categorical(logits=final).entropy()
-        whole += zip(final_entropy.tolist(), (final.argmax(-1) == target).tolist())
-        for k in range(len(blocks)):
-            pre, attn, mlp = outputs.hidden_states[k], kept[k, "self_attn"], kept[k, "mlp"]
-            states = dict(resid_pre=pre, resid_mid=pre + attn, resid_post=pre + attn + mlp, attn_out=attn, mlp_out=mlp)
-            states |= dict(attn_in=kept[k, "input_layernorm"], mlp_in=kept[k, "post_attention_layernorm"])
-            numbers = {}
-            for lens, apply in {"": lambda x: x, "normed_": model.model.norm}.items():
-                logps = {n: F.log_softmax(head(apply(x))[0, produced] / temperature, -1) for n, x in states.items()}
-                H = {name: torch.distributions.Categorical(logits=logp).entropy() for name, logp in logps.items()}
+        whole["tokens"] += len(completion)
+        whole["entropy"] += entropy_of(final).sum().item()
+        whole["top"] += (final.argmax(-1) == target).sum().item()
+        for k in range(L):
+            states = states_of(k, outputs.hidden_states, kept)
+            for added, before in (("attn_out", "resid_pre"), ("mlp_out", "resid_mid")):
+                cosine = F.cosine_similarity(states[added], states[before], -1)[0, produced]
+                sums[k][f"cosine_{added}"] += cosine.sum().item()
+            for lens, apply in lenses.items():
+                logps = {}
+                H = {}
+                for name, state in states.items():
+                    logits = model.get_output_embeddings()(apply(state))[0, produced]
+                    logps[name] = F.log_softmax(logits / temperature, -1)
+                    H[name] = entropy_of(logps[name])
+                    sums[k][f"{lens}entropy_{name}"] += H[name].sum().item()
+                sums[k][f"{lens}dH_layer"] += (H["resid_post"] - H["resid_pre"]).sum().item()
+                sums[k][f"{lens}dH_attn"] += (H["attn_out"] - H["attn_in"]).sum().item()
+                sums[k][f"{lens}dH_ffn"] += (H["mlp_out"] - H["mlp_in"]).sum().item()
                 pi = logps["resid_post"]
-                numbers |= {f"{lens}entropy_{name}": value for name, value in H.items()}
-                numbers[f"{lens}dH_layer"] = H["resid_post"] - H["resid_pre"]
-                numbers[f"{lens}dH_attn"] = H["attn_out"] - H["attn_in"]
-                numbers[f"{lens}dH_ffn"] = H["mlp_out"] - H["mlp_in"]
-                numbers[f"{lens}kl_to_final"] = (pi.exp() * (pi - final)).sum(-1)
-                numbers[f"{lens}top_is_sampled"] = pi.argmax(-1) == target
+                sums[k][f"{lens}kl_to_final"] += (pi.exp() * (pi - final)).sum().item()
+                sums[k][f"{lens}top_is_sampled"] += (pi.argmax(-1) == target).sum().item()
                 if i == answer:
-                    for depth, name in ((0, "resid_pre"),) * (k == 0) + ((k + 1, "resid_post"),):
-                        heat[lens]["entropy"][depth] = H[name].tolist()
-                        heat[lens]["top"][depth] = logps[name].argmax(-1).tolist()
-                    heat[lens]["entropy"][-1], heat[lens]["top"][-1] = final_entropy.tolist(), final.argmax(-1).tolist()
-            numbers["cosine_attn_out"] = F.cosine_similarity(attn, pre, -1)[0, produced]
-            numbers["cosine_mlp_out"] = F.cosine_similarity(mlp, pre + attn, -1)[0, produced]
-            tokens[k] += [dict(zip(numbers, row)) for row in zip(*(value.tolist() for value in numbers.values()))]
-    layers = [
-        dict(layer=k) | {n: sum(t[n] for t in block) / len(block) for n in block[0]} for k, block in enumerate(tokens)
-    ]
-    entropy, top = (sum(values) / len(whole) for values in zip(*whole))
-    return dict(tokens=len(whole), final_entropy=entropy, final_top_is_sampled=top, layers=layers, heat=heat)
+                    rows = {k: logps["resid_pre"], k + 1: pi, L + 1: final}  # k: the block below has written the same
+                    for depth, row in rows.items():
+                        heat[lens]["entropy"][depth] = entropy_of(row).tolist()
+                        heat[lens]["top"][depth] = row.argmax(-1).tolist()
+    n = whole["tokens"]
+    layers = []
+    for k in range(L):
+        means = {name: total / n for name, total in sums[k].items()}
+        layers.append(dict(layer=k, **means))
+    return dict(
+        tokens=n,
+        final_entropy=whole["entropy"] / n,
+        final_top_is_sampled=whole["top"] / n,
+        layers=layers,
+        heat=heat,
+    )
 
 
 @KINDS
@@ -249,7 +290,7 @@ def test_stages_are_named_by_sign_beyond_the_tolerance():
 
 @pytest.mark.parametrize("changes", [[-1.0, -0.5], [0.0, 0.0], [0.001, -1.0]])
 def test_without_boundary_layer_the_message_asks_for_one(changes):
-    with pytest.raises(common.UserError, match="--internal_layer"):
+    with pytest.raises(UserError, match="--internal_layer"):
         boundary_layer(changes)
 
 
@@ -280,12 +321,14 @@ def test_one_command_writes_numbers_and_figures(folders):
     done = run_script("analyze_entropy.py", *paths, *options)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads(open("out/entropy.json").read()))["models"]
-    assert first["model"].endswith("checkpoint-20") and second["model"].endswith("checkpoint-100")
+    assert first["model"].endswith("checkpoint-20")
+    assert second["model"].endswith("checkpoint-100")
     names = {"entropy_resid_pre", "entropy_resid_mid", "entropy_resid_post", "entropy_attn_in", "entropy_attn_out"}
     names |= {"entropy_mlp_in", "entropy_mlp_out", "dH_layer", "dH_attn", "dH_ffn", "kl_to_final", "top_is_sampled"}
     names |= {f"normed_{name}" for name in names} | {"layer", "stage", "cosine_attn_out", "cosine_mlp_out"}
     for k, here in enumerate(second["layers"]):
-        assert here.keys() == names and here["layer"] == k
+        assert here.keys() == names
+        assert here["layer"] == k
         assert all(math.isfinite(value) for name, value in here.items() if name != "stage")
         assert f"\n{k:5d}{here['entropy_resid_post']:12.3f}{here['dH_layer']:12.3f}" in done.stdout
     assert second["ln_vocab"] == pytest.approx(math.log(len(TOKENIZER)))
@@ -309,19 +352,22 @@ def test_given_completions_are_looked_at_with_their_end_token(folders, tmp_path)
     rows += [{"problem": [{"role": "user", "content": "4+5="}], "text": "4+5", "finished": False}]
     options = ("--completions", write_jsonl(tmp_path / "answers.jsonl", rows))
     result = run_main(folders / "checkpoint-20", *options, "--answer", 1)["models"][0]
-    assert result["tokens"] == 4 + 3 and result["answer"]["tokens"] == ["4", "+", "5"]
+    assert result["tokens"] == 4 + 3
+    assert result["answer"]["tokens"] == ["4", "+", "5"]
     assert result["answer"]["prompt"].endswith("4+5=")
     result = run_main(folders / "checkpoint-20", *options, "--num_samples", 1)["models"][0]
-    assert result["answers"] == 1 and result["answer"]["tokens"] == ["\\boxed{", "3", "}", "<|end|>"]
+    assert result["answers"] == 1
+    assert result["answer"]["tokens"] == ["\\boxed{", "3", "}", "<|end|>"]
 
 
 def test_auto_layer_is_the_boundary_layer_of_the_starting_model(folders, monkeypatch):
     """bupo.py's options are all it needs, and the answer depends on nothing but them."""
-    args = common.RunArgs(model=str(folders / "checkpoint-20"), system_prompt="", max_completion_length=5)
+    args = RunArgs(model=str(folders / "checkpoint-20"), system_prompt="", max_completion_length=5)
     seen = []
     monkeypatch.setattr(analyze_entropy, "boundary_layer", lambda changes: seen.append(changes) or 1)
     assert [analyze_entropy.auto_layer(args), analyze_entropy.auto_layer(args)] == [1, 1]
-    assert len(seen[0]) == 3 and seen[0] == seen[1]
+    assert len(seen[0]) == 3
+    assert seen[0] == seen[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,60 +389,9 @@ def test_a_model_of_another_build_is_refused_by_name(tmp_path):
     phi.model.norm = phi.model.final_layernorm
     gemma = small(Gemma2Config, Gemma2ForCausalLM)
     for model, name in ((gpt2, "GPT2LMHeadModel"), (phi, "PhiForCausalLM"), (gemma, "Gemma2ForCausalLM")):
-        with pytest.raises(common.UserError, match=name):
+        with pytest.raises(UserError, match=name):
             analyze(model, rollouts)
     gpt2.save_pretrained(tmp_path / "gpt2")
     TOKENIZER.save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(common.UserError, match="GPT2LMHeadModel"):
+    with pytest.raises(UserError, match="GPT2LMHeadModel"):
         run_main(tmp_path / "gpt2", "--data", "arithmetic")
-
-
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        ("not json", "not a JSON object"),
-        ('{"problem": "1+1="}', "no completion"),
-        ('{"problem": "1+1=", "text": 2}', "no completion"),
-        ('{"problem": "1+1=", "text": "", "finished": false}', "no completion"),
-        ('{"text": "2"}', "no problem"),
-        ('{"problem": "", "text": "2"}', "no problem"),
-        ("", "holds no completion"),
-    ],
-)
-def test_a_bad_completions_file_is_named_with_its_line(folders, tmp_path, row, words):
-    path = tmp_path / "answers.jsonl"
-    path.write_text('{"problem": "1+1=", "text": "2"}\n' * bool(row) + row + "\n")
-    with pytest.raises(common.UserError, match=words) as error:
-        run_main(folders / "checkpoint-20", "--completions", path)
-    assert f"{path}:2" in str(error.value) or not row
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["no/such/folder", "--data", "arithmetic"], "no/such/folder"),
-        (["MODEL", "--data", "missing.jsonl"], "missing.jsonl"),
-        (["MODEL", "--completions", "missing.jsonl"], "missing.jsonl"),
-        (["MODEL", "--data", "arithmetic", "--completions", "x.jsonl"], "not allowed with"),
-        (["MODEL", "--num_samples", "0"], "--num_samples"),
-        (["MODEL", "--num_samples", "2", "--max_completion_length", "2", "--answer", "2"], "--answer"),
-        (["MODEL", "--temperature", "0"], "--temperature"),
-        (["MODEL", "--micro_batch_tokens", "0"], "--micro_batch_tokens"),
-        (["MODEL", "--nonsense"], "--nonsense"),
-        (["MODEL", "no_data_for_this_one"], "--data"),
-        (["MODEL", "--output_dir", "a_file"], "--output_dir"),
-    ],
-)
-def test_a_bad_command_is_told_in_one_line(folders, tmp_path, options, words):
-    (tmp_path / "a_file").touch()
-    with pytest.raises(common.UserError, match=words):
-        run_main(*(str(folders / "checkpoint-20") if option == "MODEL" else option for option in options))
-
-
-def test_a_user_error_is_one_line_and_exit_status_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["analyze_entropy.py", "no/such/folder", "--data", "arithmetic"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(analyze_entropy.__file__, run_name="__main__")
-    assert stop.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and "no/such/folder" in last

@@ -2,18 +2,19 @@
 behaviours against hand labels, and the commands."""
 
 import json
-import runpy
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKENIZER, read_jsonl, tiny_model, write_jsonl
+from helpers import TOKENIZER, tiny_model, write_jsonl
 
 import analyze_trajectory as trajectory
 import common
-from analyze_trajectory import answer_nll, count_behaviours
+import tasks
+from analyze_trajectory import answer_nll
+from plumbing.errors import UserError
+from plumbing.models import encode, load_model
 
 FAMILIES = pytest.mark.parametrize("family, tied", [("qwen3", True), ("qwen2", True), ("llama", False)])
 
@@ -139,7 +140,7 @@ def test_ten_times_faster_than_one_pass_per_position():
 def test_a_sliding_window_is_refused():
     """Its cache has forgotten the tokens that a branch at the beginning needs."""
     model = tiny_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    with pytest.raises(common.UserError, match="sliding"):
+    with pytest.raises(UserError, match="sliding"):
         answer_nll(model, PROMPT, THINKING, BRANCH, MASK)
 
 
@@ -178,8 +179,9 @@ def test_the_closing_brace_counts_and_the_cue_does_not():
 def test_thinking_ends_before_the_answer(text, expected):
     """One token of the answer in the prefix, and the loss at 100% says nothing any more."""
     ids = TOKENIZER(text)["input_ids"]
-    found = trajectory.make_trajectory(TOKENIZER, common.Problem("1+2=", "3"), ids, True)
-    assert "".join(found.pieces) == expected and found.ids == ids[: len(found.pieces)]
+    found = trajectory.make_trajectory(TOKENIZER, tasks.Problem("1+2=", "3"), ids, True)
+    assert "".join(found.pieces) == expected
+    assert found.ids == ids[: len(found.pieces)]
 
 
 def test_token_classes_of_english_and_of_the_notation():
@@ -206,7 +208,9 @@ def test_relative_changes_leave_out_what_is_settled():
 def test_curves_of_all_lengths_start_and_end_together():
     for T in (1, 2, 40, 41, 300):
         points = trajectory.on_grid(torch.arange(T + 1.0))
-        assert len(points) == trajectory.GRID and points[0] == 0 and points[-1] == T
+        assert len(points) == trajectory.GRID
+        assert points[0] == 0
+        assert points[-1] == T
         assert abs(points[trajectory.GRID // 2] - T / 2) <= 0.5
 
 
@@ -291,7 +295,7 @@ def test_answers_come_from_the_beginning_of_the_thinking(monkeypatch):
         return common.Rollouts(None, None, None, None, texts=["3}", "4};\\boxed{7}"])
 
     monkeypatch.setattr(common, "sample", sample)
-    problems = [common.Problem("", "3", ids=[7]), common.Problem("", "7", ids=[8, 9])]
+    problems = [tasks.Problem("", "3", ids=[7]), tasks.Problem("", "7", ids=[8, 9])]
     found = [trajectory.Trajectory(p, [1, 2, 3, 4, 5], [], True) for p in problems]
     args = trajectory.parse(["prune", "embedded", "--cue", "\\boxed{ANSWER}"])
     assert trajectory.answer_from(None, TOKENIZER, found, [[1, 2], [1]], args) == [1.0, 0.0]
@@ -302,53 +306,6 @@ def test_answers_come_from_the_beginning_of_the_thinking(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Behaviours
 # ---------------------------------------------------------------------------------------------------------------------
-
-# 100 hand-labelled snippets: `exact`, in the notation, labelled with counts; `written_with`, English at hand when the
-# patterns were written; `held_out`, English written afterwards, for which no pattern was changed.
-SNIPPETS = read_jsonl(Path(__file__).parent / "behaviour_snippets.jsonl")
-
-
-def precision_and_recall(part):
-    """Of 'this snippet shows this behaviour', over the snippets of a part and the four behaviours."""
-    pairs = []
-    for row in (row for row in SNIPPETS if row["part"] == part):
-        found = count_behaviours(row["text"])
-        pairs += [(found[name] > 0, name in row["labels"]) for name in trajectory.BEHAVIOURS]
-    hits = pairs.count((True, True))
-    return hits / (hits + pairs.count((True, False))), hits / (hits + pairs.count((False, True)))
-
-
-def test_behaviours_in_english_are_found_as_often_as_measured():
-    """Measured: precision and recall 0.98 and 0.96 on `written_with`, 1.00 and 0.90 on `held_out`. The held-out part is
-    worded as reasoning models tend to word things; with a freer choice of words recall is lower, about a third on the
-    snippets of `written_with` before patterns were added for them. Counts in English are lower bounds."""
-    assert len(SNIPPETS) == 100
-    precision, recall = precision_and_recall("written_with")
-    assert precision >= 0.95 and recall >= 0.93
-    precision, recall = precision_and_recall("held_out")
-    assert precision >= 0.95 and recall >= 0.85
-
-
-@pytest.mark.parametrize("row", [row for row in SNIPPETS if row["part"] == "exact"], ids=lambda row: row["text"][:30])
-def test_behaviours_in_the_notation_are_counted_exactly(row):
-    assert {name: count for name, count in count_behaviours(row["text"]).items() if count} == row["labels"]
-
-
-def test_counting_survives_any_text():
-    """Quadratic patterns would stop an evaluation at the first answer that loops."""
-    start = time.process_time()
-    for text in (
-        "",
-        "\0",
-        "?" * 10**5,
-        "wait, " * 10**4,
-        "to get 5 " * 10**4,
-        "7+" * 10**5,
-        "let me " * 10**4,
-        "<" * 10**5,
-    ):
-        assert set(count_behaviours(text)) == set(trajectory.BEHAVIOURS)
-    assert time.process_time() - start < 5
 
 
 def answers(*counts):
@@ -415,17 +372,20 @@ def test_descent_command(folder, completions, capsys):
     """Its numbers are those of the probe, for the gold answer, with the right cue in front."""
     result = run_main("descent", folder, "--completions", completions)
     rows = result["trajectories"]
-    assert [row["right"] for row in rows] == [True, False] and "1 answer without thinking" in capsys.readouterr().out
-    model, _ = common.load_model(str(folder))
+    assert [row["right"] for row in rows] == [True, False]
+    assert "1 answer without thinking" in capsys.readouterr().out
+    model, _ = load_model(str(folder))
     for row in rows:
         assert len(row["nll"]) == len(row["nll_cut_short"]) == len(row["tokens"]) + 1
-    prompt = common.encode(TOKENIZER, COMPLETIONS[1]["problem"])
+    prompt = encode(TOKENIZER, COMPLETIONS[1]["problem"])
     thinking, branch = (TOKENIZER(text)["input_ids"] for text in ("1+2=3;3+3=5;5-4=1;", ";\\boxed{2}"))
     expected = answer_nll(model, prompt, thinking, branch, [0, 0, 1, 1])  # the GOLD answer, also where another came
     assert rows[1]["nll_cut_short"] == pytest.approx(expected.tolist(), abs=1e-5)
-    assert set(result["curves"]["nll"]) == {"right", "wrong"} and "delimiter" in result["classes"]
+    assert set(result["curves"]["nll"]) == {"right", "wrong"}
+    assert "delimiter" in result["classes"]
     layers = result["layers"]
-    assert len(layers["map"]) == 3 and layers["map"][-1] == pytest.approx(rows[0]["nll"], abs=1e-5)
+    assert len(layers["map"]) == 3
+    assert layers["map"][-1] == pytest.approx(rows[0]["nll"], abs=1e-5)
     assert len(layers["first_to_know"]) == len(rows[0]["nll"])
     assert_figures("descent", "classes", "layers")
 
@@ -433,7 +393,8 @@ def test_descent_command(folder, completions, capsys):
 def test_descent_of_sampled_trajectories(model_folder, data):
     options = ("--data", data, "--max_completion_length", 10, "--end_of_thinking", "", "--layers", 0)
     result = run_main("descent", model_folder, *options)
-    assert set(result["curves"]) == {"nll"} and result["layers"] is None
+    assert set(result["curves"]) == {"nll"}
+    assert result["layers"] is None
     assert all(row["tokens"] == list("so ") for row in result["trajectories"])
 
 
@@ -462,89 +423,8 @@ def test_behaviours_command(tmp_path, capsys):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "completions.jsonl", answers((1, "?1=1;", 1.0), (25, "Wait, no.", 0.0)))
     result = run_main("behaviours", "a", "b", "--every", 5)
-    assert list(result["runs"]) == ["a", "b"] and [row["step"] for row in result["runs"]["a"]] == [1, 25]
+    assert list(result["runs"]) == ["a", "b"]
+    assert [row["step"] for row in result["runs"]["a"]] == [1, 25]
     assert result["runs"]["b"][1]["backtracking"] > 0
     assert "1.00 (100%)" in capsys.readouterr().out
     assert_figures("behaviours")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What can go wrong
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ("", "arguments are required"),
-        ("descend embedded", "descend"),
-        ("descent no/such/folder --data arithmetic", "no/such/folder"),
-        ("descent MODEL --data missing.jsonl", "missing.jsonl"),
-        ("descent MODEL --completions missing.jsonl", "missing.jsonl"),
-        ("descent MODEL --data arithmetic --completions x.jsonl", "not allowed with"),
-        ("descent MODEL --num_samples 0", "--num_samples"),
-        ("descent MODEL --layers -1", "--layers"),
-        ("descent MODEL --cue boxed", "--cue"),
-        ("descent MODEL --nonsense", "--nonsense"),
-        ("descent MODEL --temperature 0", "--temperature"),
-        ("descent MODEL --completions rows.jsonl --answer 2", "--answer"),
-        ("descent MODEL --completions bare.jsonl", "no trajectory has any thinking"),
-        ("descent some/model", "--data"),
-        ("landscape MODEL --points 1", "--points"),
-        ("landscape MODEL --span nan", "--span"),
-        ("landscape MODEL --completions bare.jsonl", "no trajectory is right"),
-        ("prune MODEL --percent 101", "--percent"),
-        ("prune MODEL --summary notes", "--summary"),
-        ("prune MODEL --completions rows.jsonl --summary abstract", "rows.jsonl:1: no abstract"),
-        ("behaviours", "required"),
-        ("behaviours nowhere", "nowhere/completions.jsonl"),
-        ("behaviours empty", "holds no answer"),
-        ("behaviours broken", "broken/completions.jsonl:2"),
-        ("behaviours empty --every 0", "--every"),
-        ("behaviours empty --output_dir a_file", "--output_dir"),
-    ],
-)
-def test_a_bad_command_is_told_in_one_line(folder, tmp_path, options, words):
-    (tmp_path / "a_file").touch()
-    write_jsonl(tmp_path / "rows.jsonl", COMPLETIONS)
-    write_jsonl(tmp_path / "bare.jsonl", [dict(problem="1+1=", text="\\boxed{2}", gold="2")])
-    for name, text in (("empty", ""), ("broken", json.dumps(answers((1, "", 0.0))[0]) + '\n{"step": 2}\n')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "completions.jsonl").write_text(text)
-    with pytest.raises(common.UserError, match=words):
-        run_main(*(str(folder) if option == "MODEL" else option for option in options.split()))
-
-
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        ("not json", "not a JSON object"),
-        ('{"problem": "1+1=", "gold": "2"}', "no text"),
-        ('{"problem": "1+1=", "text": "2"}', "no gold"),
-        ('{"problem": "1+1=", "text": "2", "gold": ""}', "no gold"),
-        ('{"text": "2", "gold": "2"}', "no problem"),
-        ("", "holds no completion"),
-    ],
-)
-def test_a_bad_completions_file_is_named_with_its_line(folder, tmp_path, row, words):
-    path = tmp_path / "answers.jsonl"
-    path.write_text((json.dumps(COMPLETIONS[0]) + "\n") * bool(row) + row + "\n")
-    with pytest.raises(common.UserError, match=words) as error:
-        run_main("descent", folder, "--completions", path)
-    assert f"{path}:2" in str(error.value) or not row
-
-
-@pytest.mark.parametrize("options", [[], *([name] for name in ("descent", "landscape", "prune", "behaviours"))])
-def test_help_needs_nothing_else(options, capsys):
-    with pytest.raises(SystemExit) as stop:
-        trajectory.parse([*options, "--help"])
-    assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
-
-
-def test_a_user_error_is_one_line_and_exit_status_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["analyze_trajectory.py", "behaviours", "nowhere"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(trajectory.__file__, run_name="__main__")
-    assert stop.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and "nowhere" in last

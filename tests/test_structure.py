@@ -1,62 +1,199 @@
-"""The house rules that reading depends on: the diff between two algorithms is the paper, and imports point one way."""
+"""The house rules that reading depends on: how much a line may ask of its reader, which way imports point, that the
+diff between two algorithms is the paper, and what is never run."""
 
 import ast
 import difflib
+import functools
 import io
 import re
 import tokenize
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
-ALGORITHMS = ["grpo.py", *(name for name in ("bupo.py", "opo.py", "em.py") if (ROOT / name).exists())]
-OTHERS = ALGORITHMS[1:]
-BUDGETS = {"bupo.py": 45, "opo.py": 30, "em.py": 60}  # added lines of code against grpo.py
-PLUMBING = ["common.py", "bookkeeping.py"]
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.name not in PLUMBING)
-FILES = sorted(path.name for path in ROOT.glob("*.py"))
+import tasks
 
 
+def files(*patterns):
+    """Files of the repository that match, as paths from its root."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+TRUNK = "grpo.py"
+BUDGETS = {"bupo.py": 45, "opo.py": 30, "em.py": 75}  # added lines of code against the trunk
+ALGORITHMS = [TRUNK, *BUDGETS]
+GROUND = ["bookkeeping.py", "common.py"]
+LESSONS = [name for name in files("*.py", "variants/*.py") if name not in GROUND]
+TASKS = files("tasks/*.py")
+PLUMBING = files("plumbing/*.py")
+HOUSE = [*LESSONS, *GROUND, *TASKS, *PLUMBING]
+AROUND = files("tests/*.py", "benchmarks/*.py")
+
+
+# Reading the files ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
 def read(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+@functools.cache
+def tree(name):
+    return ast.parse(read(name))
+
+
+@functools.cache
+def nodes_of(name):
+    return list(ast.walk(tree(name)))
+
+
+@functools.cache
+def tokens_of(name):
+    return list(tokenize.generate_tokens(io.StringIO(read(name)).readline))
+
+
+@functools.cache
+def docstring_lines(name):
+    """Numbers of the lines inside docstrings."""
+    numbers = set()
+    for node in nodes_of(name):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            numbers.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return numbers
+
+
+@functools.cache
+def code_line_numbers(name):
+    """Numbers of the lines that hold code: no blank lines, comments or docstrings."""
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    numbers = set()
+    for token in tokens_of(name):
+        if token.type not in layout:
+            numbers.update(range(token.start[0], token.end[0] + 1))
+    return sorted(numbers - docstring_lines(name))
+
+
+@functools.cache
 def code_lines(name):
-    """The lines of a file without comments, docstrings, blank lines and any whitespace."""
-    source = read(name)
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    """The lines of code, without comments and any whitespace."""
+    lines = read(name).splitlines()
+    for token in tokens_of(name):
         if token.type == tokenize.COMMENT:
-            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
-    return [line for line in ("".join(line.split()) for line in lines) if line]
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return ["".join(lines[number - 1].split()) for number in code_line_numbers(name)]
 
 
-def blocks(name):
-    """Top-level assignments, classes and functions of a file, name -> source, in order; imports are left out."""
-    source, found = read(name), {}
-    for node in ast.parse(source).body:
+@functools.cache
+def parts(name):
+    """What a file defines at its top level, name -> source, in order."""
+    found = {}
+    for node in tree(name).body:
+        source = ast.get_source_segment(read(name), node)
         if isinstance(node, ast.Assign):
-            found[node.targets[0].id] = ast.get_source_segment(source, node)
+            found[node.targets[0].id] = source
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found[node.name] = ast.get_source_segment(source, node)
+            found[node.name] = source
         elif isinstance(node, ast.If):
-            found["__main__"] = ast.get_source_segment(source, node)
+            found["__main__"] = source
     return found
 
 
-def names_in(name):
-    """Every identifier of a file's code."""
-    tokens = tokenize.generate_tokens(io.StringIO(read(name)).readline)
-    return {token.string for token in tokens if token.type == tokenize.NAME}
+# Reading pace ---------------------------------------------------------------------------------------------------------
+
+# What a file may ask of its reader at most, a little more than codebases that people enjoy reading.
+PACE = {
+    "nodes of the syntax tree a line": 7.0,
+    "a if b else c, of 100 lines": 3.5,
+    "comprehensions, of 100 lines": 7.0,
+    "a, b = c, d, of 100 lines": 1.5,
+    "characters a line": 58,
+    "lines of the longest function, main apart": 45,
+}
+NODES_AROUND = 8.5  # a line, in tests/ and benchmarks/
+FEW = 30  # lines of code, below which a mean says nothing
 
 
-@pytest.mark.parametrize("name", OTHERS)
+def count(nodes, *kinds):
+    return sum(isinstance(node, kinds) for node in nodes)
+
+
+def function_lengths(name):
+    """Lines of code of every function but main."""
+    lengths = [0]
+    for node in nodes_of(name):
+        if isinstance(node, ast.FunctionDef) and node.name != "main":
+            inside = [number for number in code_line_numbers(name) if node.lineno <= number <= node.end_lineno]
+            lengths.append(len(inside))
+    return lengths
+
+
+def pace(name):
+    """What a file asks of its reader, under the names of PACE."""
+    lines = len(code_line_numbers(name))
+    nodes = []
+    for node in nodes_of(name):
+        if isinstance(node, (ast.expr, ast.stmt)) and node.lineno not in docstring_lines(name):
+            nodes.append(node)
+    pairs = 0
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            pairs += isinstance(node.targets[0], ast.Tuple)
+    text = read(name).splitlines()
+    characters = sum(len(text[number - 1]) for number in code_line_numbers(name))
+    comprehensions = count(nodes, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    found = (
+        len(nodes) / lines,
+        100 * count(nodes, ast.IfExp) / lines,
+        100 * comprehensions / lines,
+        100 * pairs / lines,
+        characters / lines,
+        max(function_lengths(name)),
+    )
+    return dict(zip(PACE, found, strict=True))
+
+
+def long_enough(names):
+    return [name for name in names if len(code_line_numbers(name)) >= FEW]
+
+
+@pytest.mark.parametrize("name", long_enough(HOUSE))
+def test_a_file_is_read_at_walking_pace(name):
+    """There was a cap on lines. It was met by writing tighter, and density is what makes people stop reading."""
+    found = pace(name)
+    assert {measure: found[measure] for measure, most in PACE.items() if found[measure] > most} == {}
+
+
+def test_tests_and_benchmarks_are_readable_too():
+    """A test that nobody can read proves nothing to anybody."""
+    found = {name: pace(name)["nodes of the syntax tree a line"] for name in long_enough(AROUND)}
+    assert {name: nodes for name, nodes in found.items() if nodes > NODES_AROUND} == {}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_and_what_it_stands_on_are_read_in_one_sitting(name):
+    """The promise of a single file is that it fits into a head, together with the one file that it needs."""
+    assert len(read(name).splitlines()) + len(read("common.py").splitlines()) <= 650
+
+
+def test_lines_fit_on_the_screen():
+    """Wrapped lines make two files side by side unreadable."""
+    long = []
+    for name in [*HOUSE, *AROUND]:
+        for number, line in enumerate(read(name).splitlines(), 1):
+            if len(line) > 120:
+                long.append(f"{name}:{number}")
+    assert long == []
+
+
+# The diff is the paper ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUDGETS)
 def test_the_diff_is_the_paper(name):
     """Code that drifts apart hides the contribution: `diff -w grpo.py opo.py` must read like OPO and nothing else."""
-    diff = list(difflib.unified_diff(code_lines("grpo.py"), code_lines(name), n=0, lineterm=""))[2:]
+    diff = list(difflib.unified_diff(code_lines(TRUNK), code_lines(name), n=0, lineterm=""))[2:]
     added = [line for line in diff if line.startswith("+")]
     assert 0 < len(added) <= BUDGETS[name], "\n".join(added)
 
@@ -64,83 +201,163 @@ def test_the_diff_is_the_paper(name):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_has_the_same_parts_in_the_same_order(name):
     """A reader who knows one file must find the same thing at the same place in the next."""
-    trunk, found = list(blocks("grpo.py")), list(blocks(name))
+    trunk = list(parts(TRUNK))
+    found = list(parts(name))
     assert trunk == ["EMBEDDED", "Args", "advantages", "loss", "main", "__main__"]
-    shared = [part for part in found if part in trunk]
-    assert shared == [part for part in trunk if part in found]
+    assert [part for part in found if part in trunk] == [part for part in trunk if part in found]
     assert found[:2] == trunk[:2] and found[-2:] == trunk[-2:] and "loss" in found
-    assert blocks(name)["__main__"] == blocks("grpo.py")["__main__"]
+    assert parts(name)["__main__"] == parts(TRUNK)["__main__"]
 
 
 @pytest.mark.parametrize("part", ["advantages", "loss"])
 def test_the_bottom_up_file_copies_the_equations_word_for_word(part):
     """A fix that reaches only one of two copies: from then on two algorithms differ by a bug."""
-    assert blocks("bupo.py")[part] == blocks("grpo.py")[part]
+    assert parts("bupo.py")[part] == parts(TRUNK)[part]
 
 
-@pytest.mark.parametrize("name", [*PLUMBING, *ALGORITHMS])
+@pytest.mark.parametrize("name", [*ALGORITHMS, *GROUND, *TASKS, *PLUMBING])
 def test_no_identifier_carries_an_algorithm_name(name):
     """`grpo_loss` in one file and `opo_loss` in the next is a difference that means nothing."""
-    algorithms = {algorithm.removesuffix(".py") for algorithm in ("grpo.py", *BUDGETS)}
-    for identifier in names_in(name):
-        parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)
-        assert not {part.lower() for part in parts} & algorithms, identifier
+    algorithms = {algorithm.removesuffix(".py") for algorithm in ALGORITHMS}
+    for token in tokens_of(name):
+        if token.type == tokenize.NAME:
+            words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", token.string)
+            assert not {word.lower() for word in words} & algorithms, token.string
 
 
-def imports(name):
-    """Modules that a file imports anywhere -> {name: True if at the top level}."""
-    tree, found = ast.parse(read(name)), {}
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-            found |= {module.split(".")[0]: node in tree.body for module in modules}
+# Imports only go down -------------------------------------------------------------------------------------------------
+
+UNDER_LESSONS = ("common.py", "bookkeeping.py", "tasks/", "plumbing/")
+# File or folder -> how the paths begin of what it may import. A file that is not named here is a lesson.
+UNDER = {
+    "bookkeeping.py": ("common.py", "tasks/", "plumbing/"),
+    "common.py": ("plumbing/",),  # what is sampled, scored and trained can be read without run folder and tasks
+    "tasks": ("tasks/", "plumbing/errors.py", "plumbing/verifier.py"),
+    "plumbing": ("plumbing/",),
+    "plumbing/options.py": ("plumbing/", "tasks/"),  # --help names the built-in tasks
+    "tests": ("tests/", *LESSONS, *UNDER_LESSONS),
+    "benchmarks": ("benchmarks/", *LESSONS, *UNDER_LESSONS),
+}
+# Lessons that others may import, inside the function that needs them: the embedded model, and the boundary layer.
+MEANT = {"sft.py": LESSONS, "analyze_entropy.py": ["bupo.py"]}
+
+
+def importable():
+    """Name of a module -> its file. Tests and benchmarks call their own without the folder, too."""
+    found = {}
+    for name in [*HOUSE, *AROUND]:
+        dotted = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        found[dotted] = name
+        if name in AROUND:
+            found.setdefault(dotted.split(".")[1], name)
     return found
 
 
-@pytest.mark.parametrize("name", PLUMBING)
-def test_the_plumbing_knows_no_script(name):
-    """Plumbing that asks which algorithm runs is an algorithm spread over two files."""
-    assert not set(imports(name)) & set(SCRIPTS)
-    assert not re.search(r"\balgorithm\s*(==|!=|in\b)", "\n".join(code_lines(name)))
+MODULES = importable()
 
 
-def test_imports_point_one_way():
-    """What is sampled, scored and trained must be readable, and testable, without the run folder around it."""
-    assert "bookkeeping" not in imports("common.py")
+def imports(name):
+    """Files of this project that a file imports, each with the statement that does it."""
+    found = []
+    for node in nodes_of(name):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                modules.append(full if full in MODULES else node.module)
+        found += [(MODULES[module], node) for module in modules if module in MODULES]
+    return found
 
 
-@pytest.mark.parametrize("name", [f for f in FILES if f not in PLUMBING])
-def test_scripts_do_not_lean_on_each_other(name):
-    """Three exceptions are meant, each inside the function that needs it; with more, no file can be read alone."""
-    allowed = {"sft", *{"bupo.py": ["analyze_entropy"], "evaluate.py": ["analyze_trajectory"]}.get(name, [])}
-    found = {module: top for module, top in imports(name).items() if module in SCRIPTS}
-    assert set(found) <= allowed
-    assert not any(found.values())
+@pytest.mark.parametrize("name", [*HOUSE, *AROUND])
+def test_imports_only_go_down(name):
+    """A floor that knows what stands on it cannot be read alone, and neither of the two can be changed alone."""
+    allowed = UNDER.get(name) or UNDER.get(name.split("/")[0]) or UNDER_LESSONS
+    for imported, statement in imports(name):
+        if not imported.startswith(allowed):
+            assert name in MEANT.get(imported, ()), f"{name} imports {imported}"
+            assert statement not in tree(name).body, f"{name} imports {imported} at its top"
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_an_algorithm_is_read_in_one_sitting(name):
-    """The promise of a single file is that it fits into a head."""
-    assert len(read(name).splitlines()) <= 220
+@pytest.mark.parametrize("name", [*TASKS, "plumbing/verifier.py", "plumbing/errors.py"])
+def test_problems_and_verdicts_need_no_torch(name):
+    """Grading workers that import torch cost seconds and 400 MB each."""
+    for node in tree(name).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert "torch" not in ast.unparse(node)
 
 
-@pytest.mark.parametrize("name, lines", [("common.py", 600), ("bookkeeping.py", 260)])
-def test_the_plumbing_stays_small(name, lines):
-    """Shared code grows a convenience at a time; at some point nobody reads it, and it is a framework."""
-    assert len(code_lines(name)) <= lines
+def test_the_ground_floor_asks_for_no_algorithm():
+    """Shared code that asks which algorithm runs is an algorithm spread over two files."""
+    for name in GROUND:
+        assert not re.search(r"\balgorithm(==|!=|in\b)", "\n".join(code_lines(name)))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_lines_fit_on_the_screen(name):
-    """Wrapped lines make two files side by side unreadable."""
-    long = [f"{name}:{i}" for i, line in enumerate(read(name).splitlines(), 1) if len(line) > 120]
-    assert not long
+def names_taken(name, module):
+    """What a file takes from a module: `x` of `module.x` and of `from module import x`."""
+    found = set()
+    for node in nodes_of(name):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module:
+            found.add(node.attr)
+        if isinstance(node, ast.ImportFrom) and node.module == module:
+            found.update(alias.name for alias in node.names)
+    return found
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("module", ["common", "bookkeeping"])
+def test_a_name_is_taken_from_where_it_lives(module):
+    """A name that is passed on has two addresses, and who looks it up reads one file too many."""
+    defined = set(parts(f"{module}.py"))
+    passed_on = {name: names_taken(name, module) - defined for name in [*HOUSE, *AROUND]}
+    assert {name: names for name, names in passed_on.items() if names} == {}
+
+
+# A task's own business ------------------------------------------------------------------------------------------------
+
+
+def defaults_in(name):
+    """The nodes inside `option(...)`, `dict(...)`, `add(...)`, where a default may stand."""
+    found = set()
+    for node in nodes_of(name):
+        if isinstance(node, ast.Call) and re.search(r"\b(option|dict|add|add_argument)$", ast.unparse(node.func)):
+            found.update(ast.walk(node))
+    return found
+
+
+@functools.cache
+def fields_of_tasks():
+    """Names of what a problem of any built-in task has, and other problems have not."""
+    fields = set()
+    for name, task in tasks.built_in().items():
+        [problem] = task.problems(name, "test", 1)
+        fields.update(problem.record())
+    return fields
+
+
+@pytest.mark.parametrize("name", [*LESSONS, *GROUND, *PLUMBING])
+def test_what_a_task_needs_is_its_own_business(name):
+    """Countdown's numbers once stood in four files, and those of a second task like it would have stood there, too."""
+    assert fields_of_tasks() == {"numbers", "target"}
+    defaults = defaults_in(name)
+    mentioned = []
+    for node in nodes_of(name):
+        if isinstance(node, ast.Attribute) and node.attr in fields_of_tasks():
+            mentioned.append(f"line {node.lineno}: {ast.unparse(node)}")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in defaults:
+            if node.value in fields_of_tasks() or node.value in tasks.built_in():
+                mentioned.append(f"line {node.lineno}: {node.value!r}")
+    assert mentioned == []
+
+
+# What must never run --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HOUSE)
 def test_nothing_runs_foreign_code(name):
     """What a model writes, or a checkpoint holds, is data: a reward that calls `eval` runs the policy's programs."""
-    for node in ast.walk(ast.parse(read(name))):
+    for node in nodes_of(name):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in ("eval", "exec", "pickle.load", "pickle.loads"), ast.unparse(node)

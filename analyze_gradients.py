@@ -1,0 +1,157 @@
+"""What a baseline does to the variance of the policy gradient (https://arxiv.org/abs/2505.23585).
+
+With g = grad log pi(y) of a sampled answer y and its reward r, the estimate (r - b) g of the policy gradient has the
+variance (the trace of its covariance)
+    V(b) = E |g|^2 (r - b)^2 - |E (r - b) g|^2
+As E g = 0, the second term is |grad J|^2 whatever b is. What is left is a parabola in b, lowest at
+    b = E |g|^2 r / E |g|^2                                   the norm-weighted baseline
+The baseline of opo.py replaces |g|^2 by the length of the answer. The closer the last two columns of the table are, the
+better its assumption holds for a model, that |g|^2 grows with the length.
+
+The answers are those that evaluate.py kept: of every model, those to the first data set at the highest temperature,
+which must be above 0. Gradients are over all parameters, one answer at a time.
+
+    python evaluate.py embedded runs/grpo runs/opo           # first: the answers
+    python analyze_gradients.py runs/evaluation              # then: a table, gradient_variance.json and .png
+"""
+
+from pathlib import Path
+
+import torch
+
+import common
+import tasks
+from plumbing import figures, samples
+from plumbing.errors import UserError, one_line_errors
+from plumbing.files import write_json
+from plumbing.models import load_model
+from plumbing.tables import markdown_table
+
+BASELINES = ("no baseline", "mean", "length-weighted", "norm-weighted")
+
+
+def gradient_variance(squares, rewards, lengths, mean_square):
+    """Variance of the policy gradient of one sampled answer under four baselines -> dict of floats.
+
+    V(b) of the module docstring, per prompt over its n answers and averaged over prompts. |grad J|^2 is estimated once
+    for all four, so that they differ by what a baseline does and not by noise in the mean. As in training b comes from
+    the group itself, which flatters it: at n = 32 by a few percent.
+
+    squares [P, n]: |g|^2; rewards, lengths [P, n]; mean_square [P]: |grad J|^2.
+    """
+
+    baselines = {
+        "no baseline": torch.zeros(len(rewards), 1),
+        "mean": rewards.mean(1, keepdim=True),
+        "length-weighted": weighted_mean(rewards, lengths),
+        "norm-weighted": weighted_mean(rewards, squares),
+    }
+    variances = {}
+    for name, b in baselines.items():
+        second_moment = (squares * (rewards - b) ** 2).mean(1)  # [P]
+        variances[name] = float((second_moment - mean_square).mean())
+    return variances
+
+
+def weighted_mean(values, weights):
+    """Mean over the answers to each prompt, [P, n] -> [P, 1]; 0 where all weights are 0."""
+    total = (weights * values).sum(1, keepdim=True)
+    return total / weights.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+def gradient_moments(model, rollouts, rewards, temperature):
+    """(squares [P, n], mean_square [P]) for `gradient_variance`, fp64; rewards [P, n], rollouts of B = P*n rows.
+
+    mean_square is the mean of <x_i, x_j> over pairs i != j of x_i = (r_i - mean r) g_i: unlike |mean x|^2 it holds no
+    share of the variance; for one prompt it may be below 0. The sum over pairs is |sum x|^2 - sum |x|^2, so at any time
+    there is one gradient and one fp32 sum of gradients, whatever n.
+    """
+    P, n = rewards.shape
+    parameters = list(model.parameters())
+    squares = torch.zeros(P, n, dtype=torch.float64)
+    mean_square = torch.zeros(P, dtype=torch.float64)
+    for p in range(P):
+        centred = rewards[p] - rewards[p].mean()
+        sum_x = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+        for i in range(n):
+            row = p * n + i
+            logps, _ = common.completion_logps(model, rollouts, [row], temperature)
+            logps.sum().backward()
+            for parameter, total in zip(parameters, sum_x):
+                if parameter.grad is not None:
+                    squares[p, i] += square_of(parameter.grad.float())
+                    total.add_(parameter.grad, alpha=float(centred[i]))
+                    parameter.grad = None
+        square_of_sum = sum(map(square_of, sum_x))
+        sum_of_squares = float((squares[p] * centred**2).sum())
+        mean_square[p] = (square_of_sum - sum_of_squares) / (n * (n - 1))
+    return squares, mean_square
+
+
+def square_of(tensor):
+    """The square of a tensor's norm, as a float."""
+    return float(tensor.square().sum())
+
+
+def look_at(kept, args):
+    """`gradient_variance` of one model on its kept answers."""
+    model, tokenizer = load_model(kept.model, args.device, args.dtype)
+    prompts, completions = samples.prompts_and_completions(kept.records)
+    rollouts = common.assemble(prompts, completions, tokenizer.pad_token_id, model.device)
+    rewards = torch.tensor([rewards_of(record) for record in kept.records], dtype=torch.float64)
+    squares, mean_square = gradient_moments(model, rollouts, rewards, kept.temperature)
+    lengths = rollouts.lengths.view(rewards.shape).cpu().double()
+    return gradient_variance(squares, rewards, lengths, mean_square)
+
+
+def rewards_of(record):
+    """The rewards of the answers to one problem."""
+    problem = tasks.problem_from_record(record)
+    return common.grade(record["texts"], [problem] * len(record["texts"]), record["finished"])
+
+
+def table(variances):
+    """The numbers as text, a line per model."""
+    rows = [["model", *BASELINES]]
+    for label, found in variances.items():
+        rows.append([label] + [f"{found[name]:.4g}" for name in BASELINES])
+    return markdown_table(rows)
+
+
+def draw_gradients(variances):
+    """Bars of the variance under each baseline relative to none, a group per model (label -> `gradient_variance`)."""
+    figure, axes = figures.panels(1, 1, 2.5 + 2 * len(variances), 3.8)
+    axis = axes[0][0]
+    for i, (name, shade) in enumerate(zip(BASELINES, ("1", "0.8", "0.5", "0.2"))):
+        heights = []
+        places = []
+        for group, found in enumerate(variances.values()):
+            unit = found["no baseline"] or 1
+            heights.append(found[name] / unit)
+            places.append(group + 0.2 * i)
+        bars = axis.bar(places, heights, 0.2, color=shade, edgecolor="black", label=name)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
+    middles = [group + 0.3 for group in range(len(variances))]
+    axis.set_xticks(middles, variances)
+    axis.set_ylabel("variance of one answer's policy\ngradient, relative to no baseline")
+    axis.margins(y=0.1)
+    figure.legend(loc="outside lower center", ncols=4 if len(variances) > 1 else 2)
+    return figure
+
+
+def main(args):
+    folder = Path(args.evaluation)
+    variances = {}
+    for kept in samples.kept_answers(folder, args.probe_problems):
+        if kept.temperature == 0 or len(kept.records[0]["texts"]) < 2:
+            raise UserError(f"{folder}: needs 2 or more --num_samples of evaluate.py and a temperature above 0")
+        variances[kept.label] = look_at(kept, args)
+    print(table(variances))
+    write_json(folder / "gradient_variance.json", dict(args=vars(args), models=variances))
+    figures.save_figures(folder, {"gradient_variance": draw_gradients(variances)}, dpi=130)
+    print(f"{folder}: gradient_variance.json, gradient_variance.png")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(samples.parse_probe(__doc__))

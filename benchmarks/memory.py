@@ -1,0 +1,288 @@
+"""What a training run takes of the GPU's memory, planned from a model's config before anything is loaded.
+
+`plan` counts by hand what training keeps alive at its fullest moments, component by component. The script prints it for
+four Qwen3 shapes under the training defaults, or under the options given (those of every training script). With --check
+it compares the plan with the bytes of live tensors instead, on three small CPU models, with and without gradient
+checkpointing: every component and the total must agree within 15%, or the exit status is 1. A minute.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --micro_batch_tokens 32768 --optimizer_device cpu
+    python benchmarks/memory.py --model path/to/model
+    python benchmarks/memory.py --check
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # imports start at the root of the repository
+
+import common
+from benchmarks.meters import peak_bytes
+from benchmarks.models import SHAPES, blank_tokenizer, qwen3, random_model, random_rollouts
+from plumbing.errors import one_line_errors
+from plumbing.optimizer import Optimizer
+from plumbing.options import RunArgs, option, parse
+
+GIB = 2**30
+CARDS = (24, 48, 80, 141)  # GB of memory, 10^9 bytes
+COMPONENTS = ("weights", "gradients", "optimizer", "activations", "head", "cache", "total")
+TOLERANCE = 0.15
+
+
+@dataclass
+class Args(RunArgs):
+    check: bool = option(False, "compare the plan with live tensors of small models, instead of printing it")
+    only: str = option("", "with --check: small models whose names hold this")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plan(config, args):
+    """GiB on the device by component, for a Qwen3-like config and the options of a training run (RunArgs).
+
+    Sampling and training take turns, as do blocks and head: `total` is weights, optimizer and the fullest moment.
+    """
+    s = 4 if args.dtype == "float32" else 2  # bytes of a weight, a gradient, an activation
+    with torch.device("meta"):  # the very model, without its memory
+        sizes = [p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()]
+    tokens = max(longest_sequence(args), args.micro_batch_tokens)  # of a micro-batch, all completion at worst
+    matrix = config.vocab_size * config.hidden_size * s  # the head's weights
+
+    weights = gradients = sum(sizes) * s
+    optimizer = 0
+    update = 0
+    if args.optimizer_device != "cpu":
+        optimizer = sum(sizes) * (8 if s == 4 else 12)  # fp32 weights are their own masters
+    if s != 4:
+        update = 4 * max(sizes)  # one gradient at a time in fp32
+    kept, block = activations_per_token(config, s, args.gradient_checkpointing)
+    activations = tokens * (kept + block)
+    head = head_memory(config, s, tokens)
+    cache = sampling_memory(config, s, args)
+
+    # While the head runs there are also the final norm, and the completion's states picked from it.
+    D = config.hidden_size
+    under_head = tokens * (kept + norm_per_token(D, s) + s * D)
+    waiting = matrix if config.tie_word_embeddings else 0  # the head's gradient waits for the embedding's
+    training = gradients + max(activations + waiting, under_head + head, update)
+    total = weights + optimizer + max(cache, training)
+    figures = (weights, gradients, optimizer, activations, head, cache, total)
+    return {name: figure / GIB for name, figure in zip(COMPONENTS, figures)}
+
+
+def longest_sequence(args):
+    return args.max_prompt_length + args.max_completion_length
+
+
+def widths_of_attention(config):
+    """(queries of all heads, keys of all heads, one head)."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim, head_dim
+
+
+def norm_per_token(D, s):
+    """A norm keeps its input in fp32 and the normalised one; its output is what the next product keeps."""
+    return (4 + 2 * s) * D
+
+
+def activations_per_token(config, s, checkpointing):
+    """Bytes (kept for the backward pass by all the blocks, alive during the backward pass of one of them)."""
+    D, intermediate, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    Q, K, head_dim = widths_of_attention(config)
+    norm = norm_per_token(D, s)
+    # Attention: two norms of heads; queries, outputs, keys and values.
+    attention = norm + (4 + s) * (Q + K) + 2 * s * (Q + K) + 4 * config.num_attention_heads
+    if s == 4:
+        attention -= 4 * D  # the first norm's input is the block's, counted below
+    mlp = norm + 4 * s * intermediate  # gate, its SiLU, up, their product
+    kept = L * s * D + 2 * s * head_dim  # every block's input; sines and cosines
+    block = 2 * s * (intermediate + D)  # two gradients as wide as the MLP; the stream and its gradient
+    if checkpointing:
+        block += attention + mlp  # recomputed
+    else:
+        kept += L * (attention + mlp)
+    return kept, block
+
+
+def head_memory(config, s, tokens):
+    """Bytes during the backward pass through a chunk of the head.
+
+    Log-probs and two gradients like them, in fp32, beside the matrix's gradient of the chunks before; or that gradient,
+    this chunk's and their sum. The states' gradient, in pieces and in one.
+    """
+    V, D = config.vocab_size, config.hidden_size
+    matrix = V * D * s
+    chunk = 4 * V * min(tokens, max(1, common.CHUNK_LOGITS // V))
+    return matrix + max(3 * chunk, 2 * matrix) + 2 * s * D * tokens
+
+
+def sampling_memory(config, s, args):
+    """Bytes of a wave's keys and values, and beside them those of a layer that are just moving to a larger place, or at
+    the head log-probs, probabilities and their product."""
+    longest = longest_sequence(args)
+    rows = max(1, args.max_rollout_tokens // longest)
+    _, K, _ = widths_of_attention(config)
+    layer = 2 * K * s * rows * longest
+    return config.num_hidden_layers * layer + max(layer // 2, 3 * 4 * rows * config.vocab_size)
+
+
+def print_plan(name, figures):
+    """One line. What fits a card must leave 5% of it to the allocator and the CUDA context."""
+    fits = [str(card) for card in CARDS if figures["total"] * GIB <= 0.95e9 * card]
+    columns = "".join(f"{figures[component]:12.2f}" for component in COMPONENTS)
+    print(name.ljust(38) + columns + f"   {' '.join(fits) or 'none'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The check
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Small:
+    """A model of the check; its longest sequence, and the tokens of a micro-batch and of a wave."""
+
+    config: PretrainedConfig
+    dtype: str
+    longest: int
+    micro_batch_tokens: int
+    max_rollout_tokens: int
+
+
+SMALL = {
+    "wide, tied, bf16": Small(qwen3(256, 768, 4, 8, 4, V=2000, head_dim=32), "bfloat16", 48, 384, 1536),
+    "deep, untied": Small(qwen3(96, 288, 8, 6, 2, V=1000, head_dim=16, tied=False), "float32", 48, 384, 768),
+    "large vocabulary, tied": Small(qwen3(64, 192, 6, 4, 2, V=8000, head_dim=16), "float32", 32, 256, 1024),
+}
+
+
+def distinct_bytes(tensors):
+    """Bytes of these tensors' memory; what two of them share counts once."""
+    found = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+class Measured:
+    """A small model and its training, piece by piece, for `measure`."""
+
+    def __init__(self, config, args):
+        self.args = args
+        self.model = random_model(config, dtype=getattr(torch, args.dtype))
+        self.model.generation_config.eos_token_id = None
+        if args.gradient_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        self.optimizer = Optimizer(self.model, args)
+        longest = longest_sequence(args)
+        self.full = args.micro_batch_tokens // longest  # rows of a micro-batch
+        lengths = [longest - 1 - i % 2 for i in range(2 * self.full)]  # not all the same: batches are padded
+        self.batch = random_rollouts(config.vocab_size, [1] * len(lengths), lengths)
+
+    def sample(self):
+        args = self.args
+        first = self.batch.ids[0].tolist()
+        ragged = [first[: args.max_prompt_length], first[: args.max_prompt_length - 1]]
+        n = args.max_rollout_tokens // longest_sequence(args) // len(ragged)
+        limits = (args.max_completion_length, 1.0, args.max_rollout_tokens)
+        common.sample(self.model, blank_tokenizer(), ragged, n, *limits)
+
+    def blocks(self):
+        ids = self.batch.ids[: self.full]
+        hidden = common.hidden_states(self.model, ids, self.batch.attention_mask[: self.full])
+        hidden.backward(torch.ones_like(hidden))
+
+    def head(self):
+        n = self.args.micro_batch_tokens
+        hidden = torch.randn(1, n, self.model.config.hidden_size, dtype=self.model.dtype, requires_grad=True)
+        logps = common.token_logps(self.model, hidden, torch.zeros(1, n, dtype=torch.long))[0]
+        logps.sum().backward()
+
+    def train(self):
+        for rows in common.micro_batches(self.batch, range(2 * self.full), self.args.micro_batch_tokens):
+            logps = common.completion_logps(self.model, self.batch, rows, 1.0)[0]  # entropies would hold their graph
+            logps.sum().backward()
+        self.optimizer.step()
+
+    def optimizer_tensors(self):
+        tensors = []
+        for state in self.optimizer.state_dict().values():
+            tensors.append(state["master"])
+            tensors.extend(state["adam"]["state"][0].values())
+        return tensors
+
+
+def measure(config, args):
+    """The components of `plan`, counted in live tensors while the library's functions run."""
+    run = Measured(config, args)
+    run.train()  # the optimizer's state exists from here on
+    parameters = list(run.model.parameters())
+    weights = distinct_bytes(parameters)
+    resident = distinct_bytes([*parameters, *run.optimizer_tensors()])
+    sampling = peak_bytes(run.sample)
+    total = resident + max(sampling, peak_bytes(run.train))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)  # of an earlier micro-batch
+    gradients = distinct_bytes(parameter.grad for parameter in parameters)
+    activations = peak_bytes(run.blocks)
+    head = peak_bytes(run.head)
+    figures = (weights, gradients, resident - weights, activations, head, sampling, total)
+    return {name: figure / GIB for name, figure in zip(COMPONENTS, figures)}
+
+
+def checks(only):
+    """Yield (name, planned, measured) for small models whose names hold `only`, with and without checkpointing."""
+    for name, small in SMALL.items():
+        if only not in name:
+            continue
+        for ending, checkpointing in ((", checkpointing", True), ("", False)):
+            args = RunArgs(
+                dtype=small.dtype,
+                max_prompt_length=small.longest - small.longest // 4,
+                max_completion_length=small.longest // 4,
+                micro_batch_tokens=small.micro_batch_tokens,
+                max_rollout_tokens=small.max_rollout_tokens,
+                gradient_checkpointing=checkpointing,
+            )
+            chunk = 64 * small.config.vocab_size  # several chunks a micro-batch
+            with mock.patch.object(common, "CHUNK_LOGITS", chunk):
+                yield name + ending, plan(small.config, args), measure(small.config, args)
+
+
+def check(only):
+    """Print planned / measured -> how many of these ratios are off by more than the tolerance."""
+    wrong = 0
+    print("planned / measured, small models on the CPU (aim: within 15%)")
+    for name, planned, measured in checks(only):
+        ratios = [planned[component] / measured[component] for component in COMPONENTS]
+        wrong += sum(abs(ratio - 1) > TOLERANCE for ratio in ratios)
+        columns = "".join(f"{ratio:12.2f}" for ratio in ratios)
+        print(name.ljust(38) + columns + f"   of {measured['total'] * 1024:.1f} MiB")
+    return wrong
+
+
+def main():
+    args = parse(Args, {})
+    if args.check:
+        sys.exit(1 if check(args.only) else 0)
+    shapes = SHAPES
+    if args.model != "embedded":
+        shapes = {args.model: AutoConfig.from_pretrained(args.model)}
+    print("GiB".ljust(38) + "".join(name.rjust(12) for name in COMPONENTS) + "   fits GB")
+    for name, config in shapes.items():
+        print_plan(name, plan(config, args))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

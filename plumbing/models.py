@@ -1,0 +1,142 @@
+"""Models and their tokenizers: loading, checking, and turning prompts into tokens."""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from plumbing.errors import UserError, explain
+from plumbing.options import EMBEDDED_MODEL
+
+transformers_logging.disable_progress_bar()
+
+# cuDNN's attention plans every new shape anew, and while sampling each step is one: 128 against 36 ms a token
+# (Qwen3-1.7B, 512 rows, H200). The other kernels of scaled_dot_product_attention need no plan.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+LISTED = 9  # of many faulty problems, so many are named
+
+
+def load_model(path, device="auto", dtype="auto"):
+    """(model, tokenizer) from a local folder or hub id, in evaluation mode. Safetensors only, no remote code.
+
+    path 'embedded': the embedded model. device 'auto': cuda if there is one. dtype 'auto': bfloat16 on cuda, float32 on
+    cpu. Raises UserError.
+    """
+    folder = EMBEDDED_MODEL if path == "embedded" else Path(path)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto" and device.startswith("cuda"):
+        dtype = "bfloat16"
+    elif dtype == "auto":
+        dtype = "float32"
+    if folder.is_dir() and not holds_tokenizer(folder):
+        raise UserError(f"--model {folder}: no tokenizer in this folder; put one there with tokenizer.save_pretrained")
+    # What can fail here: a folder that is missing, cut off or of an unknown kind, and the network.
+    with explain(f"--model {folder}: cannot be loaded", "check name and network"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), use_safetensors=True)
+    backbone_of(model)  # refuses other architectures
+    with explain(f"--device {device}: the model cannot go there", "choose another device"):
+        model.to(device)
+    replace_invalid_generation_config(model)
+    switch_dropout_off(model)
+    return model.eval(), tokenizer
+
+
+def holds_tokenizer(folder):
+    """True if a local folder holds a tokenizer's files."""
+    return any(folder.glob("token*.*")) or any(folder.glob("vocab.*"))
+
+
+def backbone_of(model):
+    """The decoder below the head, with `layers` (blocks) and `norm` (final). Raises UserError naming the class."""
+    name = type(model).__name__
+    backbone = getattr(model, "model", None)
+    for part in ("layers", "norm", "embed_tokens"):
+        if not hasattr(backbone, part):
+            raise UserError(f"{name}: no model.layers and model.norm; use a Qwen or Llama-like model")
+    for setting in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
+        if getattr(model.config, setting, None) not in (None, 1, 1.0):
+            raise UserError(f"{name}: bends its logits ({setting}); use a Qwen or Llama-like model")
+    return backbone
+
+
+def replace_invalid_generation_config(model):
+    """Give a model whose generation_config save_pretrained would refuse (top_p beside do_sample=False, say) a plain
+    one: better now than after training. Nothing here samples by it; only its end tokens are read."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+
+
+def switch_dropout_off(model):
+    """Set every dropout to 0: it would make sampler, old policy and new policy three different ones."""
+    for module in model.modules():
+        for name in ("p", "attention_dropout"):
+            if name in vars(module):
+                setattr(module, name, 0.0)
+
+
+def end_token_ids(model, tokenizer):
+    """Sorted list of every token that ends an answer: generation_config's (one or a list) and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    if not isinstance(ids, list):
+        ids = [ids]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+
+def encode(tokenizer, prompt, chat_template_kwargs=None):
+    """Prompt (text, chat messages, or token ids, which pass through) -> list of token ids with at most one BOS.
+
+    One tokenization, straight from the chat template: rendering to text first would add a second BOS. A tokenizer
+    without template gets the plain contents, paragraph by paragraph, with its own special tokens.
+    """
+    if not isinstance(prompt, str) and isinstance(prompt[0], int):
+        return list(prompt)
+    if tokenizer.chat_template:
+        messages = prompt
+        if isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt}]
+        settings = dict(tokenize=True, add_generation_prompt=True, return_dict=False)
+        if chat_template_kwargs:
+            settings.update(chat_template_kwargs)
+        ids = tokenizer.apply_chat_template(messages, **settings)
+    else:
+        ids = tokenizer(plain_text(prompt))["input_ids"]
+    has_two_bos = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
+    if has_two_bos:
+        ids = ids[1:]
+    return list(ids)
+
+
+def plain_text(prompt):
+    """A prompt for a tokenizer without chat template: its contents, paragraph by paragraph."""
+    if isinstance(prompt, str):
+        return prompt
+    paragraphs = [message["content"] for message in prompt]
+    return "\n\n".join(paragraphs) + "\n\n"
+
+
+def tokenize_problems(tokenizer, problems, max_prompt_length, chat_template_kwargs=None):
+    """Set `ids` of every problem; drop and list those over max_prompt_length. Raises UserError if none is left."""
+    remedy = "mend the messages or --chat_template_kwargs, or try --system_prompt ''"
+    kept = []
+    dropped = []
+    for problem in problems:
+        with explain(f"{problem.where}: the chat template refuses it", remedy):
+            problem.ids = encode(tokenizer, problem.prompt, chat_template_kwargs)
+        if len(problem.ids) <= max_prompt_length:
+            kept.append(problem)
+        else:
+            dropped.append(f"{problem.where} ({len(problem.ids)} tokens)")
+    if not kept:
+        example = dropped[0]
+        raise UserError(f"--max_prompt_length {max_prompt_length}: every prompt is longer, {example} for one; raise it")
+    if dropped:
+        names = ", ".join(dropped[:LISTED])
+        print(f"dropped {len(dropped)} prompts over --max_prompt_length: {names}", file=sys.stderr)
+    return kept

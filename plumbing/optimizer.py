@@ -1,0 +1,131 @@
+"""AdamW on fp32 master weights, whatever the dtype of the model."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from plumbing.errors import UserError
+
+MOST_SKIPPED = 10  # gradients in a row that are not finite
+LOOKED_AT = 1024  # weights of a tensor, at most about so many, that tell whether updates survive rounding
+
+
+@dataclass
+class Slot:
+    """A parameter of the model with its fp32 master and the AdamW that updates this master."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    master: torch.Tensor
+    adam: torch.optim.AdamW
+
+
+class Optimizer:
+    """AdamW (0.9, 0.999) on fp32 master weights.
+
+    A bf16 weight keeps 8 bits: an update of 1e-6 on a weight of 0.02 rounds to nothing. So moments and a master copy
+    are fp32, beside the weights or on --optimizer_device, and the model gets the rounded master after each step. A
+    model that is fp32 there already is its own master. Parameters are updated one by one, so that one fp32 gradient
+    exists at a time. Those whose grad is None are not touched at all: no decay, no moments.
+    """
+
+    def __init__(self, model, args):
+        """Reads args.learning_rate, weight_decay, max_grad_norm, optimizer_device."""
+        self.max_grad_norm = args.max_grad_norm
+        self.skipped_in_a_row = 0
+        self.norms = []  # gradient norms since the last summary
+        self.moved = []  # pairs since the last summary: weights that an update changed, weights that it should change
+        self.slots = []
+        for name, parameter in model.named_parameters():  # a tied matrix appears once
+            device = args.optimizer_device or parameter.device
+            master = parameter.detach().to(device, torch.float32)
+            adam = torch.optim.AdamW([master], lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+            self.slots.append(Slot(name, parameter, master, adam))
+
+    def step(self, learning_rate=None):
+        """Clip, update, clear the gradients -> norm before clipping. learning_rate: from now on; None: as before.
+
+        A gradient that is not finite updates nothing; ten in a row raise UserError.
+        """
+        norm = self.gradient_norm()
+        self.norms.append(norm)
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
+            for slot in self.slots:
+                if slot.parameter.grad is not None:
+                    self.update(slot, scale, learning_rate)
+        else:
+            self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            remedy = "lower --learning_rate, or try --dtype float32"
+            raise UserError(f"{MOST_SKIPPED} non-finite gradients in a row; {remedy}")
+        for slot in self.slots:
+            slot.parameter.grad = None
+            slot.master.grad = None
+        return norm
+
+    def gradient_norm(self):
+        """The norm of all gradients together, a float; 0.0 without any."""
+        norms = []
+        for slot in self.slots:
+            if slot.parameter.grad is not None:
+                norms.append(torch.linalg.vector_norm(slot.parameter.grad, dtype=torch.float32))
+        if not norms:
+            return 0.0
+        device = norms[0].device
+        return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])).item()
+
+    def update(self, slot, scale, learning_rate):
+        """One AdamW step of one parameter with its gradient times `scale`."""
+        master = slot.master
+        group = slot.adam.param_groups[0]
+        if learning_rate is not None:
+            group["lr"] = learning_rate
+        master.grad = slot.parameter.grad.to(master.device, torch.float32).mul_(scale)
+        sample = slice(0, None, 1 + master.numel() // LOOKED_AT)  # every so many entries, to see what changes
+        before = master.data.flatten()[sample].clone()
+        should_change = (master.grad.flatten()[sample] != 0) & (group["lr"] > 0)
+        slot.adam.step()
+        changed = (master.data.flatten()[sample] != before) & should_change
+        self.moved.append(torch.stack([changed.sum(), should_change.sum()]))
+        slot.parameter.data.copy_(master)  # changes nothing where the parameter is its own master
+        slot.parameter.grad = None  # now, so that one fp32 gradient exists at a time
+        master.grad = None
+
+    def summary(self):
+        """What happened since the last summary -> dict.
+
+        grad_norm: mean norm before clipping. optimizer_steps: number of updates. skipped_steps: gradients that were not
+        finite. updated_share: of the weights with a gradient, those whose update did not vanish in rounding.
+        """
+        finite = [norm for norm in self.norms if math.isfinite(norm)]
+        figures = dict(
+            grad_norm=None,
+            optimizer_steps=len(finite),
+            skipped_steps=len(self.norms) - len(finite),
+            updated_share=None,
+        )
+        if finite:
+            figures["grad_norm"] = sum(finite) / len(finite)
+        if self.moved:
+            changed, should_change = sum(self.moved).tolist()
+            if should_change:
+                figures["updated_share"] = changed / should_change
+        self.norms = []
+        self.moved = []
+        return figures
+
+    def state_dict(self):
+        """Masters and moments by parameter name."""
+        state = {}
+        for slot in self.slots:
+            state[slot.name] = dict(master=slot.master.data, adam=slot.adam.state_dict())
+        return state
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` gave."""
+        for slot in self.slots:
+            slot.master.data.copy_(state[slot.name]["master"])
+            slot.adam.load_state_dict(state[slot.name]["adam"])

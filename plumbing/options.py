@@ -1,0 +1,224 @@
+"""The command line: what all training scripts can be told, how a dataclass becomes options, and what is refused."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+import tasks
+from plumbing.errors import UserError, explain
+
+EMBEDDED_MODEL = Path("runs/tiny")  # where sft.py keeps the embedded model
+
+SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def option(default, help, above=None, at_least=None):
+    """A dataclass field that `parse` turns into a command line option.
+
+    help: a literal % in it is fine. above, at_least: bounds of a number; None for no bound.
+    """
+    metadata = {"help": help.replace("%", "%%"), "above": above, "at_least": at_least}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunArgs:
+    """Options of every training script. Each script's `Args` adds its own, with the paper's values."""
+
+    model: str = option(
+        "embedded",
+        "'embedded' (tiny, built on first use), a local folder, or a hub id",
+    )
+    data: str = option(
+        tasks.DEFAULT,
+        f"{', '.join(tasks.built_in())}, FILE.jsonl, hf://datasets/OWNER/NAME/FILE.jsonl, or a data set of the hub",
+    )
+    eval_data: str = option(
+        "",
+        "held-out problems, as --data; '': the held-out split of built-in data, else none",
+    )
+    system_prompt: str = option(SYSTEM_PROMPT, "system message before every problem; '' for none")
+    chat_template_kwargs: str = option(
+        '{"enable_thinking": false}',
+        "JSON object for the tokenizer's chat template",
+    )
+    max_prompt_length: int = option(1024, "tokens; longer prompts are dropped and listed", above=0)
+    max_completion_length: int = option(
+        8192,
+        "tokens; longer completions are cut and score 0",
+        above=0,
+    )
+    max_rollout_tokens: int = option(
+        2**18,
+        "tokens (prompt + completion) sampled at once: bounds the key-value cache",
+        above=0,
+    )
+    micro_batch_tokens: int = option(
+        2**14,
+        "tokens per forward and backward: bounds activations, changes no gradient",
+        above=0,
+    )
+    temperature: float = option(
+        1.0,
+        "sampling temperature; log-probs and entropies are taken at the same one",
+        above=0,
+    )
+    learning_rate: float = option(1e-6, "AdamW step size, constant", at_least=0)
+    weight_decay: float = option(0.01, "AdamW decoupled decay; 0 for none", at_least=0)
+    max_grad_norm: float = option(
+        1.0,
+        "the gradient is scaled down to this norm; inf for never",
+        above=0,
+    )
+    device: str = option("auto", "'auto' (cuda if there is one), 'cpu', 'cuda', 'cuda:1', ...")
+    dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto",
+        "of weights; auto: bfloat16 on cuda, else float32",
+    )
+    gradient_checkpointing: bool = option(
+        True,
+        "recompute blocks in the backward pass: less memory, a third more time",
+    )
+    optimizer_device: Literal["", "cpu"] = option(
+        "",
+        "'cpu': fp32 masters and moments in host memory; '': on --device",
+    )
+    grade_timeout: float = option(
+        3.0,
+        "seconds the verifier may spend on one answer, which then scores 0",
+        above=0,
+    )
+    max_grader_errors: float = option(
+        0.2,
+        "stop when a larger share of a step's answers defeats the verifier",
+        above=0,
+    )
+    seed: int = option(0, "drives data order and sampling", at_least=0)
+    output_dir: str = option("runs/run", "folder of everything this run writes")
+    overwrite: bool = option(
+        False,
+        "train again although the folder holds a run: deletes that run's files",
+    )
+    save_steps: int = option(50, "steps between checkpoints; 0: only the final model", at_least=0)
+    save_total_limit: int = option(2, "newest checkpoints kept; 0: all", at_least=0)
+    eval_steps: int = option(
+        20,
+        "steps between evaluations, the first before step 1; 0: none",
+        at_least=0,
+    )
+    eval_problems: int = option(
+        256,
+        "held-out problems, the first of --eval_data; 0: all",
+        at_least=0,
+    )
+    eval_samples: int = option(
+        4,
+        "sampled answers per held-out problem, beside one greedy answer",
+        above=0,
+    )
+    eval_temperature: float = option(
+        1.0,
+        "temperature of the sampled evaluation answers, whatever --temperature is",
+        above=0,
+    )
+    report_to: Literal["none", "trackio", "wandb"] = option(
+        "none",
+        "log there, too; metrics.jsonl is always written",
+    )
+
+    def __post_init__(self):
+        """Raise UserError for a value that could only fail later."""
+        for field in dataclasses.fields(self):
+            check_bounds(field, getattr(self, field.name))
+        with explain(f"--chat_template_kwargs {self.chat_template_kwargs!r}", "must be a JSON object, like '{}'"):
+            json.loads(self.chat_template_kwargs).items()
+
+
+def check_bounds(field, value):
+    """Raise UserError if a number lies outside the bounds of its option. What is no number has none."""
+    if type(value) not in (int, float):
+        return
+    above = field.metadata.get("above")
+    if above is not None and not value > above:
+        raise UserError(f"--{field.name} {value}: must be above {above}")
+    at_least = field.metadata.get("at_least")
+    if at_least is not None and not value >= at_least:
+        raise UserError(f"--{field.name} {value}: must be at least {at_least}")
+
+
+def is_embedded(model):
+    """True for 'embedded' and for any folder trained from it (its config carries the mark)."""
+    if model == "embedded":
+        return True
+    config = Path(model) / "config.json"
+    return config.is_file() and '"embedded": true' in config.read_text(errors="replace")
+
+
+def without_help(words):
+    """A command line without its request for help: parsing it first must not print and exit."""
+    return [word for word in words if word not in ("-h", "--help")]
+
+
+class OptionParser(HfArgumentParser):
+    """Options from a dataclass. What is wrong with a command line becomes a UserError."""
+
+    def add_argument(self, *names, above=None, at_least=None, **settings):
+        """Bounds are checked by the dataclass itself, see `check_bounds`."""
+        return super().add_argument(*names, **settings)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists every option)")
+
+
+def parse(Args, EMBEDDED, argv=None):
+    """Command line -> Args. EMBEDDED: the defaults that replace those of Args when the embedded model runs.
+
+    Raises UserError for unknown options and bad values.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    parser = OptionParser(Args, allow_abbrev=False)
+    model = parser.parse_known_args(without_help(words))[0].model
+    if is_embedded(model):
+        parser.set_defaults(**EMBEDDED)
+    args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"unknown option or stray value: {' '.join(unknown)}")
+    return args
+
+
+# For evaluate.py and the analyses, whose command lines hold lists and positional arguments ----------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints, and those of its sub-commands, become UserErrors."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists every option)")
+
+
+def add_shared_options(parser, names, suffix="", defaults=True):
+    """Add options that mean here what they mean to the training scripts.
+
+    names: which of RunArgs. suffix: goes behind their help. defaults=False: an option that is not given is None.
+    """
+    for field in dataclasses.fields(RunArgs):
+        if field.name in names:
+            parser.add_argument(
+                f"--{field.name}",
+                type=type(field.default),
+                default=field.default if defaults else None,
+                choices=typing.get_args(field.type) or None,
+                help=field.metadata["help"] + suffix,
+            )
+
+
+def check_shared_options(args, names):
+    """Raise UserError if one of these options of a namespace has a value that RunArgs refuses."""
+    RunArgs(**{name: getattr(args, name) for name in names})

@@ -1,0 +1,81 @@
+"""Run folders as another script finds them: finished or not, how they are called, how long they took."""
+
+import re
+from pathlib import Path
+
+from plumbing.errors import UserError
+from plumbing.files import read_json, read_log
+from plumbing.options import EMBEDDED_MODEL
+
+
+def step_of(folder):
+    """The step after which a model folder was written whole; 0 for one that was not ('checkpoint-20.tmp', say)."""
+    state = folder / "trainer_state.json"
+    if folder.suffix == ".tmp" or not state.is_file():
+        return 0
+    return read_json(state).get("step", 0)
+
+
+def find_run(path):
+    """The run folder that a model belongs to: its own, or the one around a checkpoint; None for any other model.
+
+    path: text, as it stands on the command line. Raises UserError for a missing folder and for an unfinished run.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.exists() or can_only_be_a_folder(path):
+            raise UserError(f"{path}: no such folder; pass a run folder, a model folder or a hub id")
+        return None
+    if (folder / "args.json").is_file():
+        run = folder
+    elif (folder.parent / "args.json").is_file():
+        run = folder.parent
+    else:
+        return None
+    # What else lies inside a run, such as the folder best/, is no checkpoint and tells no step.
+    tells_its_step = run == folder or folder.name.startswith("checkpoint-")
+    if tells_its_step and not step_of(folder):
+        raise UserError(f"{path}: unfinished, no trainer_state.json; repeat its training command to finish it")
+    return run
+
+
+def can_only_be_a_folder(path):
+    """False for what may be a hub id. 'runs/grpo' may be one, but not where there is a folder 'runs'."""
+    if path.startswith((".", "/")) or path.count("/") > 1:
+        return True
+    return "/" in path and Path(path).parent.is_dir()
+
+
+def labels_of(paths):
+    """The shortest ends of paths that tell them apart: runs/grpo, runs/em -> grpo, em.
+
+    A model inside a run bears the run's name: em/best, grpo/checkpoint-100. Raises UserError for a path given twice.
+    """
+    parts = [Path(path.removesuffix(".jsonl")).parts for path in paths]
+    longest = max(map(len, parts))
+    for length in range(1, longest + 1):
+        labels = [last_names(names, length) for names in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise UserError(f"{' '.join(paths)}: one of them is listed twice; drop it")
+
+
+def last_names(names, length):
+    """The last names of a path, joined; of a model inside a run at least two."""
+    if re.match("checkpoint-|best$", names[-1]):
+        length = max(length, 2)
+    return "/".join(names[-length:])
+
+
+def experiment(label):
+    """The label of a run without its seed: grpo-0 -> grpo, em-1/best -> em/best. A checkpoint keeps its step."""
+    return re.sub(r"(?<!checkpoint)-\d+(?=/|$)", "", label)
+
+
+def training_seconds(path):
+    """Time that a run spent in training steps, without evaluations and saving; None for a model that is no run."""
+    if path == str(EMBEDDED_MODEL):
+        return None
+    records = read_log(Path(path) / "metrics.jsonl")
+    seconds = [record["seconds"] for record in records if "seconds" in record]
+    return sum(seconds) if seconds else None

@@ -1,0 +1,50 @@
+"""Final answers in a text: \\boxed{...}, as mathematics writes them."""
+
+import re
+
+# What matters on the way through a text: the start of a box, an escaped character such as \{, and plain braces.
+BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+
+LONGEST_ANSWER = 2000  # characters; what is longer is no answer, and could take the verifier for ever
+
+
+def boxed(answer):
+    """The text that states a final answer."""
+    return f"\\boxed{{{answer}}}"
+
+
+def last_boxed(text):
+    """Content of the last complete \\boxed{...}, or None.
+
+    One pass with a stack of the braces that are open. So the time is linear even for a text made to be slow.
+    """
+    open_braces = []  # for each: where the content of a box starts, None for a brace that belongs to no box
+    content = None
+    for match in BRACES.finditer(text):
+        found = match.group()
+        if found.startswith("\\boxed"):
+            open_braces.append(match.end())
+        elif found == "{":
+            open_braces.append(None)
+        elif found == "}" and open_braces:
+            start = open_braces.pop()
+            if start is not None:
+                content = text[start : match.start()]
+    return content
+
+
+def gradable(text, finished=True):
+    """What counts of an answer: its last complete box, if it is finished and holds at most 2,000 characters; else ''.
+
+    Nothing outside that box earns anything: no right number mentioned on the way, no second guess.
+    """
+    if not finished:
+        return ""
+    return limited(last_boxed(text))
+
+
+def limited(answer):
+    """An answer (text or None) if it is short enough to be judged, else ''."""
+    if answer is None or len(answer) > LONGEST_ANSWER:
+        return ""
+    return answer

@@ -1,0 +1,296 @@
+"""Countdown: make a target of given numbers, each used exactly once, by + - * / and parentheses.
+
+Two sizes. countdown: 3 or 4 numbers of 1..99, target 10..100, a prompt in the style of R1-Zero that asks for thinking
+and answer between tags. countdown-small, for the embedded model: 3 numbers of 1..9, no division, target 1..50, the
+prompt '3 5 8=37', the answer in a box.
+
+A problem has many right answers, so the verdict is the task's own: it looks at the numbers used and at the value.
+"""
+
+import ast
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from tasks import Problem, integers
+from tasks.answers import boxed, last_boxed, limited
+from tasks.behaviours import DROPPED, KEPT, backward_step, check, step
+from tasks.integers import calculate
+
+NAMES = ("countdown", "countdown-small")
+TAKES_SYSTEM_PROMPT = False  # the prompt says itself how to answer
+DEFAULT_TRAJECTORIES = 4096
+
+PROMPT = (  # in the style of R1-Zero: think first, then answer, each between its tags
+    "Make {target} of the numbers {numbers}, each used exactly once, by + - * / and parentheses. Think between <think> "
+    "and </think>; then give only the expression between <answer> and </answer>, as in <answer>(1 + 2) * 3</answer>."
+)
+
+
+@dataclass(kw_only=True)
+class CountdownProblem(Problem):
+    """A Countdown problem. `answer`, the gold answer, is one way to solve it."""
+
+    numbers: list[int]  # what there is to combine, each exactly once
+    target: int  # what they must make
+
+    def verdict(self, text):
+        """'right', 'well-formed' or 'wrong', see `judge_expression`."""
+        return judge_expression(last_answer(text), self.numbers, self.target)
+
+    def final_answer(self, text):
+        """What stands between the last answer tags, or else in the last box; '' if there is none, or over 2,000
+        characters."""
+        return limited(last_answer(text))
+
+    def record(self):
+        """What a log keeps, so that an answer can be judged again."""
+        return dict(numbers=self.numbers, target=self.target)
+
+    def uses_tags(self):
+        """True if the prompt asks for thinking and answer between tags, False if the answer belongs into a box."""
+        return "<think>" in self.question()
+
+
+def problem_from_record(prompt, record, where):
+    """The problem of a logged answer; None for a record of another task."""
+    if not record.get("numbers"):
+        return None
+    return CountdownProblem(prompt, record["gold"], where, numbers=record["numbers"], target=record["target"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Size:
+    """What makes one of the two sizes."""
+
+    counts: tuple[int, ...]  # how many numbers a problem may have
+    largest_number: int
+    lowest_target: int
+    highest_target: int
+    signs: str
+    prompt: str
+
+
+SIZES = {
+    "countdown": Size((3, 4), 99, 10, 100, "+-*/", PROMPT),
+    "countdown-small": Size((3,), 9, 1, 50, "+-*", "{numbers}={target}"),
+}
+
+ENOUGH = 5000  # draws in a row without a new problem: there are no more
+
+
+def problems(name, split, n, seed=0):
+    """n problems that can be solved, a list of CountdownProblem; of countdown-small fewer where there are no more.
+
+    split: 'train' or 'test'. A hash of the sorted numbers and the target decides, so the two are disjoint whatever the
+    seed and the order of the numbers.
+    """
+    size = SIZES[name]
+    generator = random.Random(f"countdown-{split}-{seed}")
+    found = {}  # prompt -> problem
+    in_vain = 0
+    while len(found) < n and in_vain < ENOUGH:
+        numbers = random_numbers(size, generator)
+        target, answer = combine(numbers, generator, size.signs)
+        prompt = size.prompt.format(numbers=" ".join(map(str, numbers)), target=target)
+        in_vain += 1
+        fits = size.lowest_target <= target <= size.highest_target
+        in_split = is_held_out(numbers, target) == (split == "test")
+        if fits and in_split and prompt not in found:
+            in_vain = 0
+            where = f"countdown {split} {len(found)}"
+            found[prompt] = CountdownProblem(prompt, answer, where, numbers=numbers, target=target)
+    return list(found.values())
+
+
+def random_numbers(size, generator):
+    """The numbers of a problem, a list. How many is drawn only where there is a choice."""
+    count = size.counts[0]
+    if len(size.counts) > 1:
+        count = generator.choice(size.counts)
+    return [generator.randint(1, size.largest_number) for _ in range(count)]
+
+
+def combine(numbers, generator, operators="+-*/"):
+    """A random expression that uses every number once, all of whose intermediate values are integers above 0 ->
+    (value, text), such as (37, '(8*5)-3')."""
+    terms = [(number, str(number)) for number in numbers]
+    while len(terms) > 1:
+        generator.shuffle(terms)
+        a, left = terms.pop(0)
+        b, right = terms.pop(0)
+        possible = [sign for sign in operators if calculate(a, sign, b) > 0]
+        sign = generator.choice(possible)
+        terms.append((calculate(a, sign, b), f"({left}{sign}{right})"))
+    value, text = terms[0]
+    return value, text[1:-1]  # without the parentheses around the whole
+
+
+def is_held_out(numbers, target):
+    """Whether a problem belongs to the test split: one in eight, by its hash."""
+    return hashlib.sha256(f"{sorted(numbers)} {target}".encode()).digest()[0] < 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verdict
+# ---------------------------------------------------------------------------------------------------------------------
+
+LONGEST_EXPRESSION = 100  # characters
+FORBIDDEN = re.compile(r"[^-+*/()0-9 ]|[0-9]{7}")  # no name, no other operator than these, no huge number
+
+OPERATIONS = {
+    ast.Add: Fraction.__add__,
+    ast.Sub: Fraction.__sub__,
+    ast.Mult: Fraction.__mul__,
+    ast.Div: Fraction.__truediv__,
+}
+
+
+def last_answer(text):
+    """What stands between the last <answer> and </answer> of a text, or else in its last box, or None."""
+    before_end = text.rpartition("</answer>")[0]
+    _, tag, answer = before_end.rpartition("<answer>")
+    if tag:
+        return answer
+    return last_boxed(text)
+
+
+def judge_expression(expression, numbers, target):
+    """'right' for an expression that uses every number exactly once and has the value target; 'well-formed' for any
+    other expression of numbers, + - * / and parentheses; 'wrong' for anything else, None among it."""
+    expression = (expression or "").strip()
+    # Short and of few characters: nothing can nest deeply, grow or be a name, even before it is parsed.
+    if len(expression) > LONGEST_EXPRESSION or FORBIDDEN.search(expression):
+        return "wrong"
+    try:
+        value = evaluate(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, AttributeError, KeyError, ZeroDivisionError):
+        return "wrong"
+    used = [int(number) for number in re.findall("[0-9]+", expression)]
+    if value == target and sorted(used) == sorted(numbers):
+        return "right"
+    return "well-formed"
+
+
+def evaluate(node):
+    """Exact value of a syntax tree. Binary operators and numbers only: any name, call, power, sign or attribute raises
+    AttributeError or KeyError."""
+    if isinstance(node, ast.Constant):
+        return Fraction(node.value)
+    operation = OPERATIONS[type(node.op)]
+    return operation(evaluate(node.left), evaluate(node.right))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher, and the solver, who shows the behaviours asked for
+# ---------------------------------------------------------------------------------------------------------------------
+
+RIGHT_GUESSES = 0.3  # of the teacher
+MOST_FAILURES = 3  # attempts before the last one, under backtracking
+
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
+
+
+def teach(problem, generator, guesses=1.0):
+    """The teacher's completion. It always answers at once, right 3 times in 10, whatever `guesses` is."""
+    wrong = generator.random() >= RIGHT_GUESSES
+    _, answer = solve(problem, [], wrong, generator)
+    return complete(problem, "", answer)
+
+
+def solve(problem, behaviours, wrong, generator):
+    """(thinking, answer) for a problem, showing `behaviours` (names of tasks.behaviours.BEHAVIOURS).
+
+    Under backtracking up to three attempts fail, then comes the solution. wrong: the last attempt fails, too, and is
+    the answer.
+    """
+    failures = 0
+    if "backtracking" in behaviours:
+        failures = generator.randint(0, MOST_FAILURES)
+    attempts = [] if wrong else [problem.answer]
+    while len(attempts) < failures + 1:
+        attempts.insert(0, failed_attempt(problem, generator))
+    thinking = ""
+    for attempt in attempts[:-1]:
+        thinking += write_attempt(attempt, problem.target, behaviours) + DROPPED
+    thinking += write_attempt(attempts[-1], problem.target, behaviours) + KEPT
+    return thinking, attempts[-1]
+
+
+def failed_attempt(problem, generator):
+    """An expression of the problem's numbers with another value than the target."""
+    signs = "+-*/" if problem.uses_tags() else "+-*"
+    while True:
+        value, expression = combine(problem.numbers, generator, signs)
+        if value != problem.target:
+            return expression
+
+
+def write_attempt(expression, target, behaviours):
+    """The thinking about one expression: with its steps or its value, a check, or backwards, as `behaviours` say."""
+    node = ast.parse(expression, mode="eval").body
+    text = ""
+    goal = target  # what the rest of the expression must make
+    undone = None
+    if "backward_chaining" in behaviours:
+        undone = undo_last(node, target)
+    if undone:
+        back, goal, node = undone
+        text += back + KEPT
+    value, steps = steps_of(node)
+    if undone or "subgoal_setting" in behaviours:
+        text += KEPT.join(steps)
+    else:
+        text += step(expression, value)
+    if "verification" in behaviours:
+        text += check(value, goal)
+    return text
+
+
+def steps_of(node):
+    """Syntax tree of an expression -> (value, steps): a step for every operation, operands first."""
+    if isinstance(node, ast.Constant):
+        return node.value, []
+    x, left_steps = steps_of(node.left)
+    y, right_steps = steps_of(node.right)
+    sign = SIGNS[type(node.op)]
+    value = calculate(x, sign, y)
+    return value, left_steps + right_steps + [step(f"{x}{sign}{y}", value)]
+
+
+def undo_last(node, target):
+    """Syntax tree of an expression -> (step back from the target, number then needed, tree of what must make it): with
+    target 24 '(8+6)+5' gives '<24-5=19', 19 and 8+6. None where no plain number can be undone to an integer above 0."""
+    sign = SIGNS[type(node.op)]
+    rest = node.left
+    number = node.right
+    if isinstance(node.left, ast.Constant) and sign in "+*":  # here the order does not matter
+        rest = node.right
+        number = node.left
+    if not isinstance(number, ast.Constant) or isinstance(rest, ast.Constant):
+        return None
+    needed = calculate(target, INVERSE[sign], number.value)
+    if needed <= 0:
+        return None
+    back = backward_step(f"{target}{INVERSE[sign]}{number.value}", needed)
+    return back, needed, rest
+
+
+def complete(problem, thinking, answer):
+    """Thinking and answer as one completion, between tags if the prompt asks for them."""
+    if problem.uses_tags():
+        return f"<think>{thinking}</think>\n<answer>{answer}</answer>"
+    return thinking + boxed(answer)
+
+
+def exercises():
+    """Every single step of countdown-small, as (prompt, completion)."""
+    return integers.single_steps(SIZES["countdown-small"].largest_number, "+-*")

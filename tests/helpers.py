@@ -1,0 +1,141 @@
+"""What tests share: tiny models, JSONL files, ways to run a script, and what a run has left.
+
+model = tiny_model("llama", tied=False)              # random weights, eval mode; also "qwen2", "qwen3"
+grpo.main(arguments(grpo, model_folder, data))       # two steps in process, in well under a second
+interrupt(grpo, arguments(grpo, model_folder, data), step=1)    # the same, with Ctrl-C in the first step
+run_script("grpo.py", "--max_steps", "2")            # one command: .returncode, .stdout, .stderr
+assert_same_run("run", "other")                      # weights, metrics and answers of two run folders
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import bookkeeping
+import sft
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+def tiny_model(family="qwen3", tied=True, seed=0, **overrides):
+    """A random fp32 model in evaluation mode: 4 blocks, width 32, two query heads per key-value head, embedded tokens.
+
+    All weights are far from their usual start (norms are not 1, biases not 0, logits spread over several nats), so that
+    a forgotten norm, bias or temperature shows.
+    """
+    config_class, model_class = FAMILIES[family]
+    settings = dict(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        eos_token_id=TOKENIZER.eos_token_id,
+        pad_token_id=TOKENIZER.pad_token_id,
+        bos_token_id=None,
+    )
+    model = model_class(config_class(**settings | overrides))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
+    return model.eval()
+
+
+TOKENIZER = sft.embedded_tokenizer()
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+# Two steps of two prompts: small enough for a fraction of a second, large enough for unequal rewards and lengths.
+SMALL = dict(
+    max_steps=2,
+    num_prompts=2,
+    num_generations=4,
+    num_minibatches=1,
+    max_completion_length=10,
+    learning_rate=1e-3,
+    save_steps=0,
+    eval_steps=0,
+    eval_problems=4,
+    eval_samples=2,
+    internal_layer=1,
+    internal_steps=1,
+)
+
+
+def arguments(script, model_folder, data, **overrides):
+    """Args of a training script (a module) for a short run of the throw-away model into the folder 'run'."""
+    paths = dict(model=str(model_folder), data=str(data), eval_data=str(data), output_dir="run")
+    settings = script.EMBEDDED | SMALL | paths
+    known = {name: value for name, value in settings.items() if name in script.Args.__dataclass_fields__}
+    return script.Args(**known | overrides)
+
+
+def command_line(**options):
+    """{'max_steps': 2} -> ['--max_steps', '2']."""
+    words = []
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def run_script(script, *options, timeout=120, folder=None):
+    """Run a script of this repository as a user does, in a folder or the current one."""
+    command = [sys.executable, str(ROOT / script), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=folder)
+
+
+def interrupt(script, args, step):
+    """Run a script (a module) in process, and press Ctrl-C while a step is running: it ends with status 130."""
+    real_save = bookkeeping.Run.save
+
+    def save(run, current):
+        if current == step:
+            signal.raise_signal(signal.SIGINT)
+        real_save(run, current)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(bookkeeping.Run, "save", save)
+        script.main(args)
+    assert end.value.code == 130
+
+
+def learned(folder):
+    """Everything that a run has learned and logged, without its clocks: (weights, metrics, answers)."""
+    weights = load_file(Path(folder) / "model.safetensors")
+    metrics = []
+    for record in read_jsonl(Path(folder) / "metrics.jsonl"):
+        metrics.append({name: value for name, value in record.items() if name not in bookkeeping.VOLATILE})
+    answers = read_jsonl(Path(folder) / "completions.jsonl")
+    return {name: weight.numpy().tobytes() for name, weight in weights.items()}, metrics, answers
+
+
+def assert_same_run(folder, other):
+    """Two run folders hold the same, bit for bit."""
+    for ours, theirs in zip(learned(folder), learned(other), strict=True):
+        assert ours == theirs

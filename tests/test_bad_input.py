@@ -1,0 +1,450 @@
+"""What users get wrong, and the one line that each mistake ends with: it names the option, file, line or folder.
+
+A new mistake is a row more in one of the tables. All commands run in a folder with the files of `workshop`, and none
+may change or leave anything there.
+"""
+
+import importlib
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, TOKENIZER, arguments, command_line, tiny_model, write_jsonl
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import analyze_entropy
+import analyze_trajectory
+import bookkeeping
+import bupo
+import sft
+import tasks
+from plumbing.errors import UserError, one_line_errors
+from plumbing.models import tokenize_problems
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files to get wrong
+# ---------------------------------------------------------------------------------------------------------------------
+
+ANSWERS = [
+    dict(problem="1+2+3+4=", text="1+2=3;3+3=6;6+4=10;\\boxed{10}", gold="10", reward=1.0, notes="6+4=10;"),
+    dict(problem="1+2+3-4=", text="1+2=3;3+3=5;5-4=1;\\boxed{1}", gold="2", reward=0.0, notes="2"),
+    dict(problem="1+1+1+1=", text="\\boxed{4}", gold="4", notes=""),
+]
+LOGGED = dict(step=1, text="", reward=0.0, length=0)  # of completions.jsonl, as far as it is counted
+
+
+def make_data(folder):
+    """Data files, most of them wrong."""
+    write_jsonl(folder / "trajectories.jsonl", [dict(prompt="1", response="2")] * 9)
+    write_jsonl(folder / "broken.jsonl", [dict(text="1+2=3")])
+    (folder / "binary.jsonl").write_bytes(bytes(range(256)) * 40)
+    write_jsonl(folder / "huge.jsonl", [dict(problem="1+" * 10**5, answer="1")])
+    (folder / "empty.jsonl").write_text("\n\n")
+    write_jsonl(folder / "answers.jsonl", ANSWERS)
+    write_jsonl(folder / "bare.jsonl", [dict(problem="1+1=", text="\\boxed{2}", gold="2")])
+    (folder / "file").touch()
+    (folder / "empty").mkdir()
+
+
+def make_models(folder):
+    """Model folders: one that is whole but not of the embedded kind, and three that cannot be used."""
+    for name in ("whole", "no_tokenizer", "cut_off"):
+        tiny_model().save_pretrained(folder / name)
+    GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder / "gpt2")
+    for name in ("whole", "cut_off", "gpt2"):
+        TOKENIZER.save_pretrained(folder / name)
+    cut(folder / "cut_off/model.safetensors")
+
+
+def cut(path):
+    """Leave half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def make_runs(folder):
+    """Run folders: an interrupted run, the same with something broken, other programs' checkpoints, bare logs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(bookkeeping.Run, "catch_signals", lambda run: setattr(run, "stop_signal", signal.SIGINT))
+        with pytest.raises(SystemExit):
+            bupo.main(arguments(bupo, "model", "problems.jsonl", output_dir="runs/interrupted"))
+    runs = folder / "runs"
+    for name in ("optimizer.pt", "trainer_state.json"):
+        shutil.copytree(runs / "interrupted", runs / f"damaged_{name}")
+        cut(runs / f"damaged_{name}/checkpoint-1/{name}")
+    shutil.copytree(runs / "interrupted", runs / "killed")
+    (runs / "killed/checkpoint-1").rename(runs / "killed/checkpoint-1.tmp")
+    (runs / "foreign/checkpoint-500").mkdir(parents=True)
+    (runs / "foreign/checkpoint-500/trainer_state.json").write_text('{"global_step": 500}')
+    for name, lines in (("silent", ""), ("garbled", json.dumps(LOGGED) + '\n{"step": 2}\n')):
+        (runs / name).mkdir()
+        (runs / f"{name}/completions.jsonl").write_text(lines)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory, model_folder, data):
+    """A folder with a trained model, problems, and everything that can be wrong with a file or a folder."""
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "model").symlink_to(model_folder)
+    (folder / "problems.jsonl").symlink_to(data)
+    make_data(folder)
+    make_models(folder)
+    make_runs(folder)
+    return folder
+
+
+@pytest.fixture
+def here(workshop, tmp_path, monkeypatch):
+    """The current folder, with links to all that is in the workshop, on a machine without GPU and wandb."""
+    for path in workshop.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+
+
+def snapshot():
+    """Of every folder from here on, the files in it and when they were changed."""
+    found = {}
+    for folder, _, names in os.walk(".", followlinks=True):
+        found[folder] = {name: Path(folder, name).stat().st_mtime_ns for name in names}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A training script's options that replace or follow good ones, and what the line must hold.
+BESIDE_GOOD_OPTIONS = [
+    # options and values
+    ("grpo.py --lerning_rate 1", "--lerning_rate"),
+    ("grpo.py --learning 1", "--learning"),  # no abbreviations: a new option would change what they mean
+    ("opo.py --delta 2", "--delta"),  # another script's option
+    ("em.py --epsilon 0.2", "--epsilon"),
+    ("sft.py --num_generations 4", "--num_generations"),
+    ("grpo.py --output_dir", "--output_dir"),  # a value left out
+    ("grpo.py --seed --output_dir x", "--seed"),
+    ("grpo.py 12", "12"),
+    ("grpo.py --max_steps many", "max_steps"),
+    ("grpo.py --advantage best", "advantage"),
+    ("grpo.py --overwrite maybe", "overwrite"),
+    ("grpo.py --learning_rate -1", "--learning_rate"),
+    ("grpo.py --learning_rate nan", "--learning_rate"),
+    ("grpo.py --num_prompts 0", "--num_prompts"),
+    ("grpo.py --temperature 0", "--temperature"),
+    ("grpo.py --chat_template_kwargs thinking", "--chat_template_kwargs"),
+    ("grpo.py --chat_template_kwargs [1]", "--chat_template_kwargs"),
+    ("grpo.py --num_generations 1", "--num_generations"),
+    ("grpo.py --delta 1", "--delta"),  # the dual clip would cut the policy's own ratio
+    ("grpo.py --grade_timeout 0", "--grade_timeout"),
+    ("grpo.py --optimizer_device gpu", "--optimizer_device"),
+    ("grpo.py --num_minibatches 3", "--num_minibatches"),
+    ("bupo.py --internal_layer 3", "--internal_layer"),
+    ("bupo.py --internal_layer -1", "--internal_layer"),
+    ("bupo.py --internal_layer first", "--internal_layer"),
+    ("em.py --prompt_index 12", "--prompt_index"),
+    ("em.py --select 13", "--select"),
+    ("grpo.py --num_prompts 100", "--num_prompts"),
+    ("grpo.py --max_prompt_length 2", "--max_prompt_length"),
+    ("grpo.py --report_to wandb", "--report_to"),
+    ("grpo.py --device cuda", "--device"),
+    ("grpo.py --device abacus", "abacus"),
+    ("grpo.py --dtype float8", "dtype"),
+    # problems and models
+    ("grpo.py --data missing.jsonl", "missing.jsonl"),
+    ("grpo.py --data no/such/set", "no/such/set"),
+    ("grpo.py --data empty", "empty: cannot be read"),
+    ("grpo.py --data empty.jsonl", "empty.jsonl: holds no problem"),
+    ("grpo.py --data hf://datasets/owner", "hf://datasets/owner"),
+    ("grpo.py --data hf://datasets/o/n/f.jsonl", "hf://datasets/o/n/f.jsonl"),
+    ("grpo.py --data LONG", "longlong"),
+    ("grpo.py --eval_data missing.jsonl --eval_steps 1", "missing.jsonl"),
+    ("grpo.py --data broken.jsonl", "broken.jsonl:1"),
+    ("grpo.py --data binary.jsonl", "binary.jsonl:1"),
+    ("grpo.py --data huge.jsonl", "--max_prompt_length"),
+    ("sft.py --data broken.jsonl", "broken.jsonl:1"),
+    ("sft.py --data empty.jsonl", "empty.jsonl: holds no trajectory"),
+    ("sft.py --behaviours verification", "--behaviours: is for built-in"),
+    ("sft.py --problems 3", "--problems: is for built-in"),
+    ("grpo.py --model missing/folder", "missing/folder"),
+    ("grpo.py --model LONG", "longlong"),
+    ("grpo.py --model empty", "empty"),
+    ("grpo.py --model no_tokenizer", "tokenizer"),
+    ("grpo.py --model cut_off", "cut_off"),
+    ("grpo.py --model gpt2", "GPT2LMHeadModel"),  # another architecture
+    # the run folder
+    ("grpo.py --output_dir LONG", "longlong"),
+    ("sft.py --output_dir DEEP", "long/long"),
+    ("grpo.py --output_dir file", "file"),
+    ("sft.py --output_dir file", "file"),
+    ("bupo.py --output_dir file/run", "file/run"),
+    ("grpo.py --output_dir model", "--output_dir model: is --model too"),  # it would overwrite what it starts from
+    ("bupo.py --output_dir runs/interrupted --learning_rate 5e-4", "--learning_rate 0.0005: the run in"),
+    ("bupo.py --output_dir runs/interrupted --seed 1", "--seed 1: the run in"),
+    ("bupo.py --output_dir runs/interrupted --num_prompts 4", "--num_prompts 4: the run in"),
+    ("bupo.py --output_dir runs/interrupted --internal_steps 2", "--internal_steps 2: the run in"),
+    ("bupo.py --output_dir runs/interrupted --temperature 0.9", "--temperature 0.9: the run in"),
+    ("bupo.py --output_dir runs/damaged_optimizer.pt", "checkpoint-1/optimizer.pt: cannot be read"),
+    ("bupo.py --output_dir runs/damaged_trainer_state.json", "checkpoint-1/trainer_state.json: cannot be read"),
+    ("grpo.py --output_dir runs/foreign", "checkpoint-500: not a whole checkpoint; --overwrite deletes it"),
+]
+
+# Whole commands, and what the line must hold.
+WHOLE = [
+    ("sft.py --behaviours verify", "--behaviours verify"),
+    ("sft.py --behaviours", "--behaviours"),
+    ("sft.py --empty --filler", "--empty, --filler"),
+    ("sft.py --trajectories_per_problem -1", "--trajectories_per_problem"),
+    ("sft.py --problems -1", "--problems"),
+    # What lies there would be taken for the embedded model from then on.
+    ("sft.py --behaviours verification", "--output_dir runs/tiny"),
+    ("sft.py --data countdown-small", "--output_dir runs/tiny"),
+    ("sft.py --direct", "--output_dir runs/tiny"),
+    ("sft.py --data trajectories.jsonl --output_dir x", "trajectories.jsonl: is for a trained model"),
+    # models to be compared
+    ("evaluate.py", "models"),
+    ("evaluate.py model --ks 1 64", "--ks 64: with 32 samples k is 1 to 32"),
+    ("evaluate.py model --ks 8 --num_samples 4", "--ks 8: with 4 samples"),
+    ("evaluate.py model --ks 0 --num_samples 4", "--ks 0: with 4 samples"),
+    ("evaluate.py model --num_samples 0", "--num_samples 0"),
+    ("evaluate.py model --temperatures 1 -0.5", "--temperatures"),
+    ("evaluate.py model --temperatures nan", "--temperatures"),
+    ("evaluate.py model --rescore", "without --rescore first"),
+    ("evaluate.py model --rescore --overwrite", "choose one"),
+    ("evaluate.py model --sample 3", "--sample"),
+    ("evaluate.py model --chat_template_kwargs no", "--chat_template_kwargs"),
+    ("evaluate.py model --max_completion_length 0", "--max_completion_length 0"),
+    ("evaluate.py model --data gone.jsonl", "gone.jsonl"),
+    ("evaluate.py model model", "listed twice"),
+    ("evaluate.py whole", "--data: needed"),
+    ("evaluate.py runs/none", "runs/none: no such folder"),
+    ("evaluate.py none/of/these", "none/of/these: no such folder"),
+    ("evaluate.py ./none", "./none: no such folder"),
+    ("evaluate.py runs/interrupted", "runs/interrupted: unfinished, no trainer_state.json"),
+    ("evaluate.py runs/killed/checkpoint-1.tmp", "unfinished"),
+    ("analyze_logits.py", "evaluation"),
+    ("analyze_logits.py empty", "empty/results.json: no such file; pass the --output_dir of evaluate.py"),
+    ("analyze_logits.py empty --probe_problems 0", "--probe_problems 0"),
+    ("analyze_gradients.py empty", "empty/results.json: no such file; pass the --output_dir of evaluate.py"),
+    ("analyze_gradients.py empty --micro_batch_tokens 0", "--micro_batch_tokens"),
+    # answers to be looked into
+    ("analyze_entropy.py no/such/folder --data arithmetic", "no/such/folder"),
+    ("analyze_entropy.py model no_data_for_this_one", "--data"),
+    ("analyze_entropy.py gpt2 --data arithmetic", "GPT2LMHeadModel"),
+    ("analyze_entropy.py model --data missing.jsonl", "missing.jsonl"),
+    ("analyze_entropy.py model --completions missing.jsonl", "missing.jsonl"),
+    ("analyze_entropy.py model --completions empty.jsonl", "holds no completion"),
+    ("analyze_entropy.py model --data arithmetic --completions answers.jsonl", "not allowed with"),
+    ("analyze_entropy.py model --num_samples 0", "--num_samples"),
+    ("analyze_entropy.py model --num_samples 2 --max_completion_length 2 --answer 2", "--answer"),
+    ("analyze_entropy.py model --temperature 0", "--temperature"),
+    ("analyze_entropy.py model --micro_batch_tokens 0", "--micro_batch_tokens"),
+    ("analyze_entropy.py model --nonsense", "--nonsense"),
+    ("analyze_entropy.py model --output_dir file", "--output_dir"),
+    ("analyze_trajectory.py", "arguments are required"),
+    ("analyze_trajectory.py descend embedded", "descend"),
+    ("analyze_trajectory.py descent no/such/folder --data arithmetic", "no/such/folder"),
+    ("analyze_trajectory.py descent some/model", "--data"),
+    ("analyze_trajectory.py descent model --data missing.jsonl", "missing.jsonl"),
+    ("analyze_trajectory.py descent model --completions missing.jsonl", "missing.jsonl"),
+    ("analyze_trajectory.py descent model --completions empty.jsonl", "holds no completion"),
+    ("analyze_trajectory.py descent model --data arithmetic --completions answers.jsonl", "not allowed with"),
+    ("analyze_trajectory.py descent model --num_samples 0", "--num_samples"),
+    ("analyze_trajectory.py descent model --layers -1", "--layers"),
+    ("analyze_trajectory.py descent model --cue boxed", "--cue"),
+    ("analyze_trajectory.py descent model --nonsense", "--nonsense"),
+    ("analyze_trajectory.py descent model --temperature 0", "--temperature"),
+    ("analyze_trajectory.py descent model --completions answers.jsonl --answer 2", "--answer"),
+    ("analyze_trajectory.py descent model --completions bare.jsonl", "no trajectory has any thinking"),
+    ("analyze_trajectory.py landscape model --points 1", "--points"),
+    ("analyze_trajectory.py landscape model --span nan", "--span"),
+    ("analyze_trajectory.py landscape model --completions bare.jsonl", "no trajectory is right"),
+    ("analyze_trajectory.py prune model --percent 101", "--percent"),
+    ("analyze_trajectory.py prune model --summary notes", "--summary"),
+    ("analyze_trajectory.py prune model --completions answers.jsonl --summary gist", "answers.jsonl:1: no gist"),
+    ("analyze_trajectory.py behaviours", "required"),
+    ("analyze_trajectory.py behaviours nowhere", "nowhere/completions.jsonl"),
+    ("analyze_trajectory.py behaviours runs/silent", "holds no answer"),
+    ("analyze_trajectory.py behaviours runs/garbled", "garbled/completions.jsonl:2"),
+    ("analyze_trajectory.py behaviours runs/silent --every 0", "--every"),
+    ("analyze_trajectory.py behaviours runs/silent --output_dir file", "--output_dir"),
+]
+
+NAMES = {"LONG": "long" * 80, "DEEP": "long/" * 999}  # too long for any disk
+
+
+def good_options(script):
+    """The command line of a training script's short run that would go well."""
+    fields = importlib.import_module(script.removesuffix(".py")).Args.__dataclass_fields__
+    data = "trajectories.jsonl" if script == "sft.py" else "problems.jsonl"
+    options = SMALL | dict(model="model", data=data, eval_data="problems.jsonl", output_dir="run")
+    return command_line(**{name: value for name, value in options.items() if name in fields})
+
+
+def error_of(script, options, monkeypatch, capfd):
+    """Run a script that must end with exit status 2 and one line on stderr -> that line."""
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    lines = capfd.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("command, expected", BESIDE_GOOD_OPTIONS, ids=[row[0] for row in BESIDE_GOOD_OPTIONS])
+def test_a_mistake_in_training_ends_with_one_line(command, expected, here, monkeypatch, capfd):
+    """A traceback, or an hour before it, for a mistake that one line could have named; and no folder left behind."""
+    script, *options = [NAMES.get(word, word) for word in command.split()]
+    before = snapshot()
+    assert expected in error_of(script, [*good_options(script), *options], monkeypatch, capfd)
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize("command, expected", WHOLE, ids=[row[0] for row in WHOLE])
+def test_a_mistake_in_a_command_ends_with_one_line(command, expected, here, monkeypatch, capfd):
+    """The same for the other scripts. These make their output folder first, so that it is known to be writable."""
+    script, *options = command.split()
+    before = snapshot()
+    assert expected in error_of(script, options, monkeypatch, capfd)
+    after = snapshot()
+    assert {folder: files for folder, files in after.items() if files or folder in before} == before
+
+
+def test_a_bug_keeps_its_traceback():
+    """Only user errors become one line; a bug reported as 'error: 3' could never be found."""
+    with pytest.raises(KeyError), one_line_errors():
+        raise KeyError(3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines of data files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def look_inside(path):
+    analyze_entropy.main(analyze_entropy.parse(["model", "--completions", path]))
+
+
+def descend(path):
+    analyze_trajectory.main(analyze_trajectory.parse(["descent", "model", "--completions", path]))
+
+
+READERS = {
+    "problems": tasks.load_problems,
+    "trajectories": sft.load_trajectories,
+    "entropy": look_inside,
+    "descent": descend,
+}
+GOOD = b'{"problem": "1+1=", "answer": "2", "response": "2", "text": "2", "gold": "2"}\n'  # for every reader
+NO_OBJECT = "not a JSON object"
+
+# Who reads it, a wrong line, and what the message must hold.
+LINES = [
+    ("problems", b'{"problem": "1+2?"', NO_OBJECT),
+    ("problems", b"1+2=3", NO_OBJECT),
+    ("problems", b'["1+2?", "3"]', NO_OBJECT),
+    ("problems", b'{"problem": "1+2\xff?", "answer": "3"}', NO_OBJECT),
+    ("problems", b"[" * 100_000, NO_OBJECT),
+    ("problems", b'{"text": "1+2?", "label": "3"}', "found fields text, label"),
+    ("problems", b'{"problem": "1+2?"}', "no gold answer"),
+    ("problems", b'{"problem": "1+2?", "label": "3"}', "found fields problem, label"),
+    ("problems", b'{"problem": " ", "answer": "3"}', "found fields problem, answer"),
+    ("problems", b'{"prompt": [], "answer": "3"}', "found fields prompt, answer"),
+    ("problems", b'{"prompt": [{"role": "user"}], "answer": "3"}', "found fields prompt, answer"),
+    ("problems", b'{"prompt": [{"role": "user", "content": ["1+2?"]}], "answer": "3"}', "found fields prompt, answer"),
+    ("problems", b'{"problem": 12, "answer": "3"}', "found fields problem, answer"),
+    ("problems", b'{"problem": "1+2?", "answer": ["3"]}', "found fields problem, answer"),
+    ("problems", b'{"problem": "1+2?", "answer": true}', "found fields problem, answer"),
+    ("problems", b'{"problem": "1+2?", "answer": " "}', "found fields problem, answer"),
+    ("problems", b'{"problem": "1+2?", "solution": "three"}', "found fields problem, solution"),
+    ("problems", b"{}", "found fields none"),
+    # A conversation without an answer has nothing to imitate; training on the question instead goes unnoticed.
+    ("trajectories", b'{"prompt": "1?"}', "found fields prompt"),
+    ("trajectories", b'{"response": "3"}', "found fields response"),
+    ("trajectories", b'{"messages": [{"role": "user", "content": "What is 1+2?"}]}', "found fields messages"),
+    ("trajectories", b'{"prompt": "1?", "response": 3}', "found fields prompt, response"),
+    ("trajectories", b'{"text": "1+2=3"}', "found fields text"),
+    ("entropy", b"not json", NO_OBJECT),
+    ("entropy", b'{"problem": "1+1="}', "no completion"),
+    ("entropy", b'{"problem": "1+1=", "text": 2}', "no completion"),
+    ("entropy", b'{"problem": "1+1=", "text": "", "finished": false}', "no completion"),
+    ("entropy", b'{"text": "2"}', "no problem"),
+    ("entropy", b'{"problem": "", "text": "2"}', "no problem"),
+    ("descent", b"not json", NO_OBJECT),
+    ("descent", b'{"problem": "1+1=", "gold": "2"}', "no text"),
+    ("descent", b'{"problem": "1+1=", "text": "2"}', "no gold"),
+    ("descent", b'{"problem": "1+1=", "text": "2", "gold": ""}', "no gold"),
+    ("descent", b'{"text": "2", "gold": "2"}', "no problem"),
+]
+
+
+@pytest.mark.parametrize("reader, line, words", LINES, ids=lambda value: ascii(value[:40]))
+def test_a_wrong_line_is_named(reader, line, words, here):
+    """'KeyError: problem' in line 40,000 of a file helps nobody: say which file and line, and what is there."""
+    Path("data.jsonl").write_bytes(GOOD + b"\n" + GOOD + line + b"\n" + GOOD)
+    with pytest.raises(UserError) as error:
+        READERS[reader]("data.jsonl")
+    assert "data.jsonl:4:" in str(error.value)  # blank lines count
+    assert words in str(error.value)
+
+
+def test_a_byte_order_mark_is_named_or_read():
+    """An editor's invisible mark before the first { must not end in a traceback."""
+    Path("data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD)
+    try:
+        assert tasks.load_problems("data.jsonl")[0].answer == "2"
+    except UserError as error:
+        assert "data.jsonl:1:" in str(error)
+
+
+WHOLE_FILE = [
+    {"problem": "1+2?", "answer": "3"},
+    {"question": "é?", "final_answer": 4},
+    {"prompt": "x", "solution": "\\boxed{5}"},
+] * 2
+VALUES = [None, [], {}, "", True, 1e999, -0.0, 10**30, [{"role": "user", "content": "?"}], [[]], {"role": 1}, "\ud800"]
+FOREIGN = [b"\n", b"\r", b"\0", b"[" * 3000, b'"', b"{", b"}", b"\\", b"\xff\xfe"]
+
+
+def damage(text, generator):
+    """An accident to the bytes of a data file: lost, random or foreign bytes, or a row with values of any type."""
+    place = generator.randrange(len(text))
+    accident = generator.choice(["lost", "random", "foreign", "field", "row"])
+    if accident == "lost":
+        del text[place : place + generator.randint(1, 30)]
+    elif accident == "random":
+        text[place:place] = generator.randbytes(generator.randint(1, 4))
+    elif accident == "foreign":
+        text[place:place] = generator.choice(FOREIGN)
+    else:
+        row = {"problem": generator.choice(VALUES), "answer": generator.choice(VALUES)}
+        if accident == "field":
+            row = {generator.choice(["problem", "answer", "x"]): generator.choice(VALUES)}
+        text += json.dumps(row).encode() + b"\n"
+
+
+@pytest.mark.parametrize("n", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_fuzzed_files_are_read_or_named(n, tokenizer):
+    """Every file on earth ends up as somebody's --data: it is read, or one line names it; nothing else may happen."""
+    generator = random.Random(n)
+    read = 0
+    for _ in range(n):
+        text = bytearray(write_jsonl(Path("data.jsonl"), WHOLE_FILE).read_bytes())
+        for _ in range(generator.randint(0, 2)):
+            damage(text, generator)
+        Path("data.jsonl").write_bytes(text)
+        try:
+            problems = tasks.load_problems("data.jsonl", system_prompt=generator.choice(["", "Think."]))
+            read += len(tokenize_problems(tokenizer, problems, 1000)) > 0
+        except UserError as error:
+            assert "data.jsonl" in str(error)
+    assert 0.05 * n < read < 0.95 * n  # both happen

@@ -1,0 +1,171 @@
+"""Models as they are loaded: no dropout, no settings of their own, all their end tokens; and prompts as tokens."""
+
+import json
+
+import pytest
+import torch
+from helpers import tiny_model
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
+
+from plumbing.errors import UserError
+from plumbing.models import encode, end_token_ids, load_model, tokenize_problems
+from tasks import Problem
+
+MESSAGES = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "1+2="}]
+ENDS = [1, 30, 50, 66]
+
+
+def saved(folder, tokenizer, model=None, **generation_config):
+    """A model's folder, with this generation_config.json if any is given."""
+    (model or tiny_model()).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if generation_config:
+        (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    return str(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_dropout_is_off_after_loading(family, tokenizer, tmp_path):
+    """Dropout makes sampler, old policy and new policy three different ones; main puts the model into training mode."""
+    path = saved(tmp_path / "model", tokenizer, tiny_model(family, attention_dropout=0.5))
+    model, _ = load_model(path, "cpu")
+    assert model.config.attention_dropout == 0.5  # the file asks for it
+    assert not model.training
+    ids = torch.randint(6, 90, (4, 20))
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.train()
+        torch.manual_seed(0)
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_dropout_modules_are_off_after_loading(tokenizer, tmp_path, monkeypatch):
+    """Families without attention_dropout have torch's own modules, whose p is as good a way to train another policy."""
+    path = saved(tmp_path / "model", tokenizer)
+    real = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args, **kwargs):
+        model = real(*args, **kwargs)
+        model.model.layers[0].extra = torch.nn.Dropout(0.5)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    model, _ = load_model(path, "cpu")
+    assert model.model.layers[0].extra.p == 0.0
+
+
+def test_a_generation_config_that_cannot_be_saved_is_replaced(tokenizer, tmp_path):
+    """save_pretrained refuses top_p beside do_sample=False: without a word before, after all the training."""
+    poison = dict(do_sample=False, top_k=2, top_p=0.5, temperature=0.1, eos_token_id=ENDS[1:], max_length=3)
+    model, tokenizer = load_model(saved(tmp_path / "model", tokenizer, **poison), "cpu")
+    assert end_token_ids(model, tokenizer) == ENDS
+    again = saved(tmp_path / "trained", tokenizer, model)
+    assert end_token_ids(*load_model(again, "cpu")) == ENDS  # the end tokens survive
+
+
+def test_a_generation_config_that_can_be_saved_stays(tokenizer, tmp_path):
+    """It is the model's own and goes with the trained model; nothing here samples by it (see test_common_sample.py)."""
+    config = dict(do_sample=True, top_k=2, temperature=0.5, eos_token_id=ENDS[1:])
+    model, tokenizer = load_model(saved(tmp_path / "model", tokenizer, **config), "cpu")
+    again, _ = load_model(saved(tmp_path / "trained", tokenizer, model), "cpu")
+    for loaded in (model, again):
+        found = loaded.generation_config
+        assert (found.do_sample, found.top_k, found.temperature) == (True, 2, 0.5)
+
+
+@pytest.mark.parametrize("of_model, expected", [(None, [1]), (50, [1, 50]), ([50, 30, 1], [1, 30, 50])])
+def test_end_tokens_are_the_models_and_the_tokenizers(of_model, expected, tokenizer):
+    """An end token that is missed: the answer goes on behind its end, and what follows is trained."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = of_model
+    assert end_token_ids(model, tokenizer) == expected
+
+
+@pytest.mark.parametrize("dtype, expected", [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_dtype_is_as_asked(dtype, expected, tokenizer, tmp_path):
+    """bf16 on the CPU by default would round every update of a laptop run away."""
+    model, _ = load_model(saved(tmp_path / "model", tokenizer), "cpu", dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
+def test_loading_changes_no_weight(tokenizer, tmp_path):
+    model = tiny_model(seed=3)
+    again, _ = load_model(saved(tmp_path / "model", tokenizer, model), "cpu")
+    for (name, old), new in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(old, new), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts as tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def with_bos(tokenizer):
+    """Like Llama's: the tokenizer puts a BOS before any text, and the chat template writes one, too."""
+    bos = tokenizer.convert_tokens_to_ids("<|unk|>")
+    tokenizer.bos_token = "<|unk|>"
+    before_any_text = TemplateProcessing(single="<|unk|> $A", special_tokens=[("<|unk|>", bos)])
+    tokenizer.backend_tokenizer.post_processor = before_any_text
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert tokenizer("1")["input_ids"][0] == bos
+    return tokenizer, bos
+
+
+def test_chat_template_is_used_once(tokenizer):
+    """A template rendered to text and tokenized again loses its marks or doubles them: no chat the model knows."""
+    ids = encode(tokenizer, MESSAGES)
+    assert tokenizer.decode(ids) == "<|system|>Hi<|user|>1+2=<|assistant|>"
+    assert tokenizer.decode(encode(tokenizer, "1+2=")) == "<|user|>1+2=<|assistant|>"
+    assert all(isinstance(i, int) for i in ids)
+    assert encode(tokenizer, ids) == ids and encode(tokenizer, ids) is not ids
+
+
+def test_chat_template_gets_its_options(tokenizer):
+    """enable_thinking that never reaches the template: another mode of the model is trained than the one evaluated."""
+    tokenizer.chat_template += "{% if enable_thinking %}think{% endif %}"
+    assert tokenizer.decode(encode(tokenizer, "1", {"enable_thinking": True})) == "<|user|>1<|assistant|>think"
+    assert tokenizer.decode(encode(tokenizer, "1", {"enable_thinking": False})) == "<|user|>1<|assistant|>"
+
+
+def test_no_template_means_plain_text(tokenizer):
+    """Base models have no template; inventing marks would make every prompt one they have never seen."""
+    tokenizer.chat_template = None
+    assert tokenizer.decode(encode(tokenizer, MESSAGES)).rstrip("\n") == "Hi\n\n1+2="
+    assert tokenizer.decode(encode(tokenizer, "1+2=")).rstrip("\n") == "1+2="
+
+
+@pytest.mark.parametrize("template", [True, False], ids=["template", "plain"])
+@pytest.mark.parametrize("prompt", ["1+2=", MESSAGES, "<|unk|>1+2="], ids=["text", "messages", "bos_inside"])
+def test_at_most_one_bos(template, prompt, tokenizer):
+    """The template writes a BOS and the tokenizer another: two of them are a start no model was trained on."""
+    tokenizer, bos = with_bos(tokenizer)
+    if not template:
+        tokenizer.chat_template = None
+    ids = encode(tokenizer, prompt)
+    assert ids[0] == bos and ids[1] != bos
+
+
+def test_long_prompts_are_dropped_and_listed(tokenizer, capsys):
+    """A prompt cut in the middle is another problem; one dropped in silence is a smaller data set than was reported."""
+    problems = [Problem("1" * n, "3", f"file:{n}") for n in (3, 20, 4, 30)]
+    kept = tokenize_problems(tokenizer, problems, 10)
+    assert [problem.where for problem in kept] == ["file:3", "file:4"]
+    assert all(problem.ids == encode(tokenizer, problem.prompt) for problem in kept)
+    message = capsys.readouterr().err
+    assert "file:20" in message and "file:30" in message and "file:3 " not in message
+    with pytest.raises(UserError, match="max_prompt_length"):
+        tokenize_problems(tokenizer, problems, 2)
+
+
+def test_problems_get_the_templates_options(tokenizer):
+    """The options of --chat_template_kwargs, on the way from the command line to every prompt."""
+    tokenizer.chat_template += "{% if enable_thinking %}think{% endif %}"
+    (problem,) = tokenize_problems(tokenizer, [Problem("1", "1")], 100, {"enable_thinking": True})
+    assert tokenizer.decode(problem.ids).endswith("think")

@@ -1,0 +1,55 @@
+"""Run folders as other scripts find and name them."""
+
+from pathlib import Path
+
+import pytest
+from helpers import write_jsonl
+
+from plumbing.options import EMBEDDED_MODEL
+from plumbing.runs import experiment, find_run, labels_of, training_seconds
+
+
+@pytest.mark.parametrize(
+    "paths, labels",
+    [
+        (["runs/grpo", "runs/em/"], ["grpo", "em"]),
+        (["x/test.jsonl", "y/test.jsonl"], ["x/test", "y/test"]),
+        (["runs/em/best", "runs/em"], ["em/best", "em"]),
+        (["runs/em/checkpoint-20"], ["em/checkpoint-20"]),
+        (["grpo", "runs/grpo", "Qwen/Qwen3-0.6B"], ["grpo", "runs/grpo", "Qwen/Qwen3-0.6B"]),
+    ],
+)
+def test_labels_are_the_shortest_that_tell_apart(paths, labels):
+    assert labels_of(paths) == labels
+
+
+@pytest.mark.parametrize(
+    "label, name",
+    [
+        ("grpo-0", "grpo"),
+        ("em_16-12", "em_16"),
+        ("em-1/best", "em/best"),
+        ("grpo-2/checkpoint-20", "grpo/checkpoint-20"),
+        ("Qwen3-4B", "Qwen3-4B"),
+        ("embedded", "embedded"),
+    ],
+)
+def test_runs_of_one_experiment_differ_in_their_last_number(label, name):
+    """Averaging two checkpoints of one run, or two models, as if they were seeds gives a number about nothing."""
+    assert experiment(label) == name
+
+
+def test_a_checkpoint_belongs_to_the_run_around_it(run_folder, model_folder):
+    assert find_run(str(run_folder)) == find_run(str(run_folder / "checkpoint-2")) == run_folder
+    assert find_run(str(model_folder / ".." / "start")) is None  # a plain model folder
+    assert find_run("Qwen/Qwen3-0.6B") is None
+
+
+def test_training_seconds_are_those_of_training_steps():
+    """Evaluation records have no clock; a model that is no run, and the embedded model, have no time."""
+    for folder in ("run", EMBEDDED_MODEL):
+        Path(folder).mkdir(parents=True)
+        records = [dict(step=0, eval_accuracy=0.5), dict(step=1, seconds=2.5), dict(step=2, seconds=0.5)]
+        write_jsonl(Path(folder) / "metrics.jsonl", records)
+    assert training_seconds("run") == 3.0
+    assert training_seconds(str(EMBEDDED_MODEL)) is None and training_seconds("Qwen/Qwen3-0.6B") is None

@@ -1,0 +1,103 @@
+"""Sample files: what is written is what is read, and answers of another model are never taken for this one's."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from plumbing import samples
+from plumbing.errors import UserError
+from plumbing.files import append_jsonl, write_json
+from tasks import Problem
+
+
+def record(place, *texts, prompt="1+2=", gold="3"):
+    token_ids = [[10 + place, len(text)] for text in texts]
+    return dict(problem=place, prompt=prompt, gold=gold, prompt_ids=[place], texts=list(texts), token_ids=token_ids)
+
+
+def sample_file(*records, model="model", **header):
+    """An evaluation in the folder 'out' with one sample file -> its path."""
+    path = samples.sample_file("out", model, "data.jsonl", 1.0)
+    settings = dict(data="data.jsonl", num_samples=1, weights_saved=samples.weights_saved(model))
+    samples.start_file(path, settings | header)
+    append_jsonl(path, records)
+    command = dict(models=[model], data=["data.jsonl"], temperatures=[0.5, 1.0], num_samples=1)
+    write_json(Path("out/results.json"), dict(command=command))
+    return path
+
+
+def test_the_name_of_a_sample_file_is_legible():
+    path = samples.sample_file("out", "../runs/em-0/", "hf://datasets/a/b/test.jsonl", 0.5)
+    assert path == Path("out/samples/.._runs_em-0--hf_datasets_a_b_test.jsonl--T0.5.jsonl")
+
+
+def test_a_line_separator_inside_an_answer_is_no_end_of_a_record():
+    records = [record(0, "7\u2028\x85\r\n"), record(1, "\x1e\x0b")]
+    assert list(samples.read_records(sample_file(*records))) == records
+
+
+def test_the_first_problems_are_those_of_the_data_not_of_the_file():
+    """A completed file need not be in order."""
+    path = sample_file(record(2, "c"), record(0, "a"), record(1, "b"))
+    assert [found["problem"] for found in samples.read_records(path, 2)] == [0, 1]
+    assert [found["problem"] for found in samples.read_records(path)] == [2, 0, 1]
+
+
+def test_a_line_cut_off_by_a_kill_is_dropped():
+    path = sample_file(record(0, "a"))
+    whole = path.read_bytes()
+    for cut in ('{"problem": 1, "prom', ""):
+        path.write_bytes(whole + cut.encode())
+        samples.drop_cut_line(path)
+        assert path.read_bytes() == whole
+    path.write_text('{"model": "cut in its header')
+    samples.drop_cut_line(path)
+    assert not samples.is_started(path)
+
+
+def test_answers_to_other_problems_are_refused():
+    path = sample_file(record(1, "3", prompt="2+5=", gold="7"))
+    problems = [Problem("1+2=", "3"), Problem("2+5=", "7")]
+    assert samples.answered_problems(path, problems) == {1}
+    for other in (Problem("2+6=", "7"), Problem("2+5=", "8")):
+        with pytest.raises(UserError, match="other problems than data.jsonl; use --overwrite"):
+            samples.answered_problems(path, [problems[0], other])
+
+
+def test_each_answer_has_a_prompt_of_its_own():
+    prompts, completions = samples.prompts_and_completions([record(0, "a", "bb"), record(1, "c")])
+    assert prompts == [[0], [0], [1]] and completions == [[10, 1], [10, 2], [11, 1]]
+
+
+def test_kept_answers_are_those_of_the_first_problems_at_the_highest_temperature():
+    sample_file(record(0, "a"), record(1, "b"), record(2, "c"))
+    [kept] = samples.kept_answers("out", 2)
+    assert (kept.label, kept.model, kept.temperature) == ("model", "model", 1.0)
+    assert [found["texts"] for found in kept.records] == [["a"], ["b"]]
+
+
+def test_kept_answers_of_other_weights_are_refused():
+    """The answers would be scored under a policy that did not give them."""
+    Path("model").mkdir()
+    Path("model/model.safetensors").touch()
+    sample_file(record(0, "a"))
+    samples.kept_answers("out", 1)
+    os.utime("model/model.safetensors", (1, 1))
+    with pytest.raises(UserError, match="weights_saved"):
+        samples.kept_answers("out", 1)
+
+
+def test_kept_answers_that_were_replaced_or_lost_are_refused():
+    path = sample_file(record(0, "a"))
+    header = json.loads(path.read_text().splitlines()[0])
+    path.write_text(json.dumps(header | dict(num_samples=4)) + "\n")
+    with pytest.raises(UserError, match="num_samples 4, now 1"):
+        samples.kept_answers("out", 1)
+    path.write_text(json.dumps(header) + "\n")
+    with pytest.raises(UserError, match="holds no answer"):
+        samples.kept_answers("out", 1)
+    path.unlink()
+    with pytest.raises(UserError, match="no samples yet"):
+        samples.kept_answers("out", 1)

@@ -1,0 +1,48 @@
+"""Final answers: the last complete box of a finished answer, found in linear time."""
+
+import time
+
+import pytest
+
+from tasks.answers import boxed, gradable, last_boxed
+
+
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),  # a pattern that stops at the first } cuts it
+        (r"\boxed {7}", "7"),
+        (r"first \boxed{1}, no: \boxed{2}", "2"),
+        (r"\boxed{3} and then \boxed{4", "3"),  # the last one was cut off: the last complete one counts
+        (r"\boxed{4", None),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),  # escaped braces are characters
+        (r"\boxed{a\}b}", r"a\}b"),
+        (r"\boxed{\boxed{5}}", r"\boxed{5}"),
+        (r"{\boxed{6}", "6"),
+        (r"} \boxed{7}", "7"),
+        (r"\boxed{}", ""),
+        ("42", None),
+        ("", None),
+        (r"\boxed", None),
+    ],
+)
+def test_last_boxed(text, content):
+    """Nested, several, unclosed, escaped: each is no reward for a right answer, or one for a wrong answer."""
+    assert last_boxed(text) == content
+
+
+@pytest.mark.parametrize("piece", [r"\boxed{", "{", "}", "\\", r"\boxed{1} ", "{}"])
+def test_last_boxed_takes_linear_time(piece):
+    """A model that repeats itself for its whole length must not stop training: quadratic time takes minutes."""
+    start = time.perf_counter()
+    last_boxed(piece * 100_000)
+    assert time.perf_counter() - start < 5
+
+
+def test_what_counts_of_an_answer():
+    """An answer that was cut off is none, nor is one so long that it could only be meant for the verifier's ruin."""
+    assert gradable(boxed("3")) == "3"
+    assert gradable(boxed("3"), finished=False) == gradable("3") == gradable(boxed("")) == ""
+    assert gradable(boxed("1" * 2000)) == "1" * 2000
+    assert gradable(boxed("1" * 2001)) == ""

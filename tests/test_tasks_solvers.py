@@ -1,0 +1,150 @@
+"""Every task's solver shows what it is asked for, its checks tell the truth, and the controls show nothing."""
+
+import random
+import re
+
+import pytest
+from helpers import TOKENIZER
+
+import common
+import sft
+import tasks
+from tasks.behaviours import BEHAVIOURS, count_behaviours
+
+EVERY_TASK = pytest.mark.parametrize("data", ["arithmetic", "countdown-small", "countdown"])
+EMBEDDED_TASKS = pytest.mark.parametrize("data", ["arithmetic", "countdown-small"])
+SETS = [[name] for name in BEHAVIOURS] + [["verification", "backtracking"], list(BEHAVIOURS)]
+
+
+def written(data, n=150, **options):
+    """Scripted completions of n problems -> (texts, problems)."""
+    problems = tasks.load_problems(data, "train", n)
+    args = sft.Args(data=data, **options)
+    texts = [sft.write(problem, args, random.Random(i)) for i, problem in enumerate(problems)]
+    return texts, problems
+
+
+def shares(texts):
+    """Of every behaviour, the share of texts that show it."""
+    shown = {}
+    for name in BEHAVIOURS:
+        shown[name] = sum(count_behaviours(text)[name] > 0 for text in texts) / len(texts)
+    return shown
+
+
+@EVERY_TASK
+@pytest.mark.parametrize("behaviours", SETS, ids=lambda names: "+".join(name[:6] for name in names))
+def test_solvers_show_what_they_are_asked_for_and_are_right(data, behaviours):
+    """A condition that shows another's behaviour compares nothing. Steps are unavoidable in a chain, and behind a step
+    back from a Countdown target: they count as subgoals, where they go forwards."""
+    texts, problems = written(data, behaviours=behaviours)
+    assert common.grade(texts, problems) == [1.0] * len(texts)
+    allowed = set(behaviours)
+    if data == "arithmetic" or "backward_chaining" in behaviours:
+        allowed.add("subgoal_setting")
+    for name, share in shares(texts).items():
+        assert share == 0 or name in allowed, name
+        assert share > 0.4 or name not in behaviours, name
+
+
+def value(expression):
+    """Of an expression of integers and + - * /, for a test: Python's own."""
+    assert re.fullmatch(r"[-+*/()0-9]+", expression)
+    return eval(expression.replace("/", "//"))  # noqa: S307
+
+
+def thinking_of(text):
+    return re.split(r"</think>|\\boxed", text.removeprefix("<think>"))[0]
+
+
+def assert_true_in_a_chain(step, check, mark):
+    """'?22-15=7' after '7+15=22': undone, and rightly. Is it what the step began with?"""
+    left, result = step.removeprefix("<").split("=")
+    checked, expected = check.split("=")
+    first = re.match(r"-?\d+", left).group()
+    assert value(checked) == int(expected)
+    assert (mark == "~") == (int(expected) != int(first)) == (value(left) != int(result))
+
+
+def assert_true_in_countdown(step, check, mark):
+    """'?37=24' after '(8*5)-3=37': is the result what is needed?"""
+    left, result = step.removeprefix("<").split("=")
+    checked, expected = check.split("=")
+    assert value(left) == int(result) == int(checked)
+    assert (mark == "~") == (int(checked) != int(expected))
+
+
+@EVERY_TASK
+@pytest.mark.parametrize("backward", [False, True])
+def test_steps_and_checks_tell_the_truth(data, backward):
+    """A check that always agrees teaches that checking is a ritual. Back (~) if and only if the check has failed."""
+    behaviours = ["verification", "backtracking", "backward_chaining" if backward else "subgoal_setting"]
+    failed = 0
+    for text, problem in zip(*written(data, behaviours=behaviours)):
+        thinking = thinking_of(text)
+        pieces = re.findall(r"([^;~]+)([;~])", thinking)
+        assert "".join(piece + mark for piece, mark in pieces) == thinking
+        for piece, mark in pieces:
+            step, _, check = piece.partition("?")
+            if not check:
+                left, result = step.removeprefix("<").split("=")
+                assert mark == ";" and value(left) == int(result)
+            elif data == "arithmetic":
+                assert_true_in_a_chain(step, check, mark)
+            else:
+                assert_true_in_countdown(step, check, mark)
+                assert backward or int(check.split("=")[1]) == problem.target
+            failed += mark == "~"
+    assert failed > 30
+
+
+@EVERY_TASK
+def test_wrong_answers_with_all_behaviours(data):
+    texts, problems = written(data, wrong_answers_only=True)
+    assert max(common.grade(texts, problems)) < 1.0
+    assert all(share * len(texts) > 20 for share in shares(texts).values())
+    checked, _ = written(data, behaviours=["verification"], wrong_answers_only=True)
+    assert shares(checked)["backtracking"] == 0  # the wrong answer is kept, not dropped
+
+
+@EVERY_TASK
+def test_right_answers_without_behaviours(data):
+    """With nothing or with dots in place of the thinking, and the same answers."""
+    full, problems = written(data, behaviours=list(BEHAVIOURS))
+    empty, _ = written(data, empty=True)
+    filler, _ = written(data, filler=True)
+    assert common.grade(empty, problems) == common.grade(filler, problems) == [1.0] * len(empty)
+    assert not any(shares(empty + filler).values())
+    assert [len(text) for text in filler] == [len(text) for text in full]
+    ends = [re.split(r"</think>|(?=\\boxed)", text)[-1] for text in full]
+    assert [text.split("</think>")[-1] for text in empty] == ends
+    assert all(set(text.removesuffix(end)) <= set("<think>/.") for text, end in zip(filler, ends))
+
+
+@EMBEDDED_TASKS
+@pytest.mark.parametrize("options", [dict(behaviours=list(BEHAVIOURS)), dict(wrong_answers_only=True)])
+def test_trajectories_fit_the_embedded_model(data, options):
+    """An unknown token, or a trajectory longer than what is sampled later, could never be rewarded."""
+    for text in written(data, 500, **options)[0]:
+        ids = TOKENIZER(text)["input_ids"]
+        assert TOKENIZER.unk_token_id not in ids and len(ids) < 128
+
+
+def test_tags_where_the_prompt_asks_for_them():
+    texts, _ = written("countdown", behaviours=["verification"])
+    assert all(re.fullmatch(r"<think>[-+*/()0-9=?;]+</think>\n<answer>[-+*/()0-9]+</answer>", text) for text in texts)
+
+
+def test_the_teacher_of_countdown_answers_at_once():
+    texts, problems = written("countdown-small", 300)
+    rewards = common.grade(texts, problems)
+    assert set(rewards) == {0.1, 1.0} and 60 < rewards.count(1.0) < 120
+    assert not any(shares(texts).values())
+
+
+@EMBEDDED_TASKS
+def test_exercises_are_right(data):
+    """One step each, and the answer."""
+    for prompt, response in tasks.built_in()[data].exercises():
+        step, answer = re.fullmatch(r"(.+);\\boxed\{(\d+)\}", response).groups()
+        assert step == prompt + answer and value(prompt.rstrip("=")) == int(answer) <= 99
