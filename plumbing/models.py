@@ -36,8 +36,13 @@ def load_model(path, device="auto", dtype="auto"):
         raise UserError(f"--model {folder}: no tokenizer in this folder; put one there with tokenizer.save_pretrained")
     # What can fail here: a folder that is missing, cut off or of an unknown kind, and the network.
     with explain(f"--model {folder}: cannot be loaded", "check name and network"):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype), use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,  # left out, transformers would ask, and run the folder's code on a 'y'
+        )
     backbone_of(model)  # refuses other architectures
     with explain(f"--device {device}: the model cannot go there", "choose another device"):
         model.to(device)

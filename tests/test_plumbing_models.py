@@ -1,10 +1,11 @@
 """Models as they are loaded: no dropout, no settings of their own, all their end tokens; and prompts as tokens."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import TOKENIZER, tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
@@ -169,3 +170,15 @@ def test_problems_get_the_templates_options(tokenizer):
     tokenizer.chat_template += "{% if enable_thinking %}think{% endif %}"
     (problem,) = tokenize_problems(tokenizer, [Problem("1", "1")], 100, {"enable_thinking": True})
     assert tokenizer.decode(problem.ids).endswith("think")
+
+
+def test_the_code_in_a_model_folder_never_runs(tmp_path, monkeypatch):
+    """Left to itself, transformers asks "run the custom code? [y/N]", and one key executes what a stranger uploaded."""
+    auto_map = {"AutoConfig": "stranger.Config", "AutoModelForCausalLM": "stranger.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="stranger", auto_map=auto_map)))
+    (tmp_path / "stranger.py").write_text("open('ran', 'w')\nclass Config: pass\nclass Model: pass\n")
+    TOKENIZER.save_pretrained(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    with pytest.raises(UserError):
+        load_model(str(tmp_path), "cpu")
+    assert not Path("ran").exists()
