@@ -139,6 +139,11 @@ def draw_gradients(variances):
     return figure
 
 
+def parse(argv=None):
+    """Command line -> namespace. Raises UserError for unknown options and bad values."""
+    return samples.parse_probe(__doc__, ("device", "dtype"), argv)
+
+
 def main(args):
     folder = Path(args.evaluation)
     variances = {}
@@ -154,4 +159,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(samples.parse_probe(__doc__))
+        main(parse())

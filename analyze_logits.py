@@ -142,6 +142,11 @@ def shown_range(centres, densities):
     return shown[0], shown[-1]
 
 
+def parse(argv=None):
+    """Command line -> namespace. Raises UserError for unknown options and bad values."""
+    return samples.parse_probe(__doc__, ("micro_batch_tokens", "device", "dtype"), argv)
+
+
 def main(args):
     folder = Path(args.evaluation)
     statistics = {}
@@ -155,4 +160,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(samples.parse_probe(__doc__))
+        main(parse())

@@ -738,6 +738,16 @@ def check_numbers(parser, args):
             parser.error(f"--temperatures {args.temperatures}: must be 0 or more")
 
 
+def loader(settings):
+    """A function path -> (model, tokenizer) that loads each model once."""
+
+    @functools.cache
+    def load(path):
+        return load_model(path, settings.device, settings.dtype)
+
+    return load
+
+
 def answer_all(entries, args):
     """Sample what is not there yet, and measure what is there -> (measured: by label, data set and temperature;
     seconds: label -> time of training)."""
@@ -745,9 +755,7 @@ def answer_all(entries, args):
     measured = {}
     seconds = {}
     for entry in entries:
-        device = entry.settings.device
-        dtype = entry.settings.dtype
-        load = functools.cache(lambda path: load_model(path, device, dtype))  # each model of an entry once
+        load = loader(entry.settings)
         for data, temperature in itertools.product(args.data, args.temperatures):
             path = samples.sample_file(folder, entry.path, data, temperature)
             if args.overwrite:

@@ -24,8 +24,6 @@ from plumbing.files import append_jsonl, read_json
 from plumbing.options import EMBEDDED_MODEL, Parser, add_shared_options, check_shared_options
 from plumbing.runs import labels_of
 
-PROBE_OPTIONS = ("micro_batch_tokens", "device", "dtype")  # of the training scripts' options
-
 
 def sample_file(folder, model, data, temperature):
     """Path of the sample file of a model in an evaluation's folder."""
@@ -161,8 +159,11 @@ def kept_answers(folder, problems):
     return found
 
 
-def parse_probe(description, argv=None):
-    """The command line of a script that looks at kept answers -> namespace. Raises UserError."""
+def parse_probe(description, shared, argv=None):
+    """The command line of a script that looks at kept answers -> namespace. Raises UserError.
+
+    shared: those options that mean there what they mean to the training scripts.
+    """
     parser = Parser(
         description=description.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -170,9 +171,9 @@ def parse_probe(description, argv=None):
     )
     parser.add_argument("evaluation", help="--output_dir of evaluate.py, after it has run")
     parser.add_argument("--probe_problems", type=int, default=16, help="problems looked at, the first so many")
-    add_shared_options(parser, PROBE_OPTIONS)
+    add_shared_options(parser, shared)
     args = parser.parse_args(argv)
-    check_shared_options(args, PROBE_OPTIONS)
+    check_shared_options(args, shared)
     if args.probe_problems < 1:
         parser.error(f"--probe_problems {args.probe_problems}: must be 1 or more")
     return args

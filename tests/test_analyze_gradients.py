@@ -125,7 +125,7 @@ def test_gradient_moments_against_whole_gradients(world):
 def test_the_gradient_is_that_of_the_policy_sampled_from(world):
     """Log-probs at the sampling temperature, rewards and lengths of the kept answers, prompt by prompt."""
     evaluation(world, "--temperatures", "0.5", models=["base"])
-    analyze_gradients.main(samples.parse_probe("", ["out", "--probe_problems", "3"]))
+    analyze_gradients.main(analyze_gradients.parse(["out", "--probe_problems", "3"]))
     found = json.loads(Path("out/gradient_variance.json").read_text())["models"]["base"]
     model, _ = load_model(str(world / "base"))
     records = list(itertools.islice(samples.read_records(sample_files()[0]), 3))
@@ -147,4 +147,4 @@ def test_a_variance_needs_two_samples_and_a_temperature(world, options):
     """One answer has no baseline, and greedy answers no gradient."""
     evaluation(world, *options, "--num_problems", "2", models=["base"], n=8 if "0" in options else 1)
     with pytest.raises(UserError, match="2 or more --num_samples of evaluate.py and a temperature above 0"):
-        analyze_gradients.main(samples.parse_probe("", ["out"]))
+        analyze_gradients.main(analyze_gradients.parse(["out"]))

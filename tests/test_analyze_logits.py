@@ -11,7 +11,6 @@ from bigram import drawn, evaluation
 
 import analyze_logits
 import common
-from plumbing import samples
 from plumbing.errors import UserError
 
 
@@ -38,7 +37,7 @@ def test_logit_statistics_against_the_full_tensor(world, monkeypatch):
 
 
 def logits_of(folder="out", problems=2):
-    analyze_logits.main(samples.parse_probe("", [folder, "--probe_problems", str(problems)]))
+    analyze_logits.main(analyze_logits.parse([folder, "--probe_problems", str(problems)]))
     return json.loads(Path(f"{folder}/logits.json").read_text())["models"]
 
 
