@@ -19,7 +19,6 @@ from helpers import arguments, read_jsonl, tiny_model, write_jsonl
 
 import sft
 from plumbing import figures
-from plumbing import verifier as plumbing_verifier
 
 torch.set_num_threads(1)  # the models here are so small that a second thread only waits
 
@@ -46,16 +45,6 @@ def clean_surroundings(tmp_path, monkeypatch):
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def verifier(monkeypatch):
-    """A verifier of its own in place of the shared one; its workers end with the test."""
-    fresh = plumbing_verifier.Verifier()
-    monkeypatch.setattr(plumbing_verifier, "SHARED", fresh)
-    yield fresh
-    for worker in fresh.idle:
-        worker.kill()
 
 
 @pytest.fixture
