@@ -116,7 +116,7 @@ def test_the_thinking_runs_through_the_model_once():
 
 
 def test_ten_times_faster_than_one_pass_per_position():
-    """200 tokens of thinking. Measured: about 30 times (tests/bench_descent.py for larger models and longer cues)."""
+    """200 tokens of thinking. Measured: about 30 times (benchmarks/descent.py for larger models and longer cues)."""
     model, thinking = tiny_model(), random_ids(200)
 
     @torch.no_grad()
