@@ -144,7 +144,7 @@ def main(args):
     run.catch_signals()
     run.evaluate(0)
 
-    for step, problems in run.steps():
+    for step, problems in run.steps():  # the next P problems of --data, shuffled; problem.ids: the tokens of its prompt
         # Whose policy is trained at this step: block k's first, then the whole one. The optimizer carries over.
         internal = step <= args.internal_steps
         policy = dict(layer=int(layer), norm=args.internal_norm) if internal else {}

@@ -87,7 +87,7 @@ def main(args):
     run.catch_signals()
     run.evaluate(0)
 
-    for step, problems in run.steps():
+    for step, problems in run.steps():  # the next P problems of --data, shuffled; problem.ids: the tokens of its prompt
         # 1. Sample G completions per prompt from the policy itself and grade them.
         rollouts = common.sample(
             model,
