@@ -4,13 +4,13 @@ A language model is a stack of policies: the residual stream H_k after any block
 a distribution over the next token. For the first steps the policy of a low block is trained, then the whole one:
     pi_k = softmax(H_k E_u^T)                                 internal policy of block k, without final norm
     r = pi_k(o_t) / pi_k,old(o_t)      while step <= internal_steps,      pi(o_t) / pi_old(o_t) afterwards
-    A, L as in grpo.py; samples and rewards always come from the whole policy
+    A and L as in grpo.py, copied below; samples and rewards always come from the whole policy
 
 Against grpo.py:
 - two options: which block (--internal_layer, 0-based: the paper's layer k + 1), for how many steps (--internal_steps)
 - one line per step decides whose log-probs, old and new, the loss sees
-- it also ends the forward pass at block k: what lies above, final norm included, gets no gradient and stays as it is
-- the log-prob gap is void in phase one: there the ratio limits the size of an update, it corrects no sampling
+- the forward pass ends at block k: the blocks above get no gradient, nor the final norm without --internal_norm
+- phase one logs no log-prob gap: the samples are pi's, and the ratio compares pi_k with itself before the update
 
     python bupo.py                                           # embedded model, no GPU, no network: minutes
     python bupo.py --internal_steps 100 --output_dir runs/bupo_all   # phase one for ever: the paper's collapse

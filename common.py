@@ -3,7 +3,7 @@
 An algorithm file and this one say how every number of a weight update came about. What they call beyond is named for
 what it does: `encode` turns a prompt into token ids by the chat template, `backbone_of(model)` is the model without its
 head (its blocks `layers` and its final `norm`), `growing_cache` keeps keys and values of the tokens read so far, and
-`optimizer.step()` scales the gradient down to --max_grad_norm and takes an AdamW step in fp32.
+`optimizer.step()` scales the gradient down to --max_grad_norm, takes an AdamW step in fp32 and clears the gradients.
 
 Shapes, here and everywhere: B sequences, P prompts, G samples per prompt (B = P*G, prompt-major: all samples of prompt
 0 first), T tokens, V vocabulary, L layers, D width. Natural logarithms; entropies in nats.
@@ -69,7 +69,7 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     same seed gives the same samples. Raises UserError when GPU memory runs out.
 
     Rows are decoded in waves of at most max_rollout_tokens tokens. While other rows wait, a wave of which half has
-    finished stops; its unfinished rows go on in a later wave. So no few long rows run alone.
+    finished stops; its unfinished rows go on in a later wave. So a few long rows do not keep the others waiting.
     """
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     prompts = [ids for ids in encoded for _ in range(n)]  # B, prompt-major
@@ -234,7 +234,7 @@ def grade_rollouts(rollouts, problems, grade_timeout=3.0):
 
 
 def run_blocks(model, ids, attention_mask, cache=None):
-    """What the backbone makes of `ids` -> [B, T, D]. With a cache, `ids` are the last columns of attention_mask alone.
+    """The backbone's output for `ids`, after its norm -> [B, T, D]. With a cache, `ids` are only the newest columns.
 
     Positions are counted over real tokens only, so that padding on either side shifts nothing. Padding on the right
     needs no mask: causal attention does not look that way, and the fastest kernels take none. (In fp32 on CUDA only
@@ -242,7 +242,7 @@ def run_blocks(model, ids, attention_mask, cache=None):
     """
     backbone = backbone_of(model)
     if cache is None and not (ids.is_cuda and model.dtype == torch.float32):
-        never_rises = attention_mask.cummin(-1).values == attention_mask  # no token behind padding
+        never_rises = attention_mask.cummin(-1).values == attention_mask  # 1s, then 0s: padding only on the right
         if never_rises.all():
             return backbone(input_ids=ids, use_cache=False).last_hidden_state
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
