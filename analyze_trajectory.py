@@ -147,8 +147,9 @@ def read_trajectory(tokenizer, where, row, args):
     for name in ("text", "gold", args.summary):
         if name and not isinstance(row.get(name), str):
             raise UserError(f"{where}: no {name}; put text into '{name}' ({fields_of(row)})")
-    problem_from_row(where, row | dict(answer=row["gold"]))  # refuses a row without a problem or a gold answer
-    problem = tasks.problem_from_record(row, where)
+    # Refuses a row without a problem or a gold answer, and takes the blanks around the gold answer away.
+    gold = problem_from_row(where, row | dict(answer=row["gold"])).answer
+    problem = tasks.problem_from_record(row | dict(gold=gold), where)
     tasks.add_system_prompt([problem], args.system_prompt)
     tokenize_problems(tokenizer, [problem], args.max_prompt_length, json.loads(args.chat_template_kwargs))
     if "reward" in row:
@@ -698,9 +699,7 @@ def read_behaviours(run, every):
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
-                answer = json.loads(line)
-                sums = bins[math.ceil(answer["step"] / every)]
-                add_answer(sums, answer)
+                add_answer(bins, json.loads(line), every)
             except (ValueError, TypeError, KeyError) as error:
                 if not line.endswith("\n"):  # cut off by a kill
                     continue
@@ -712,14 +711,16 @@ def read_behaviours(run, every):
     return rows
 
 
-def add_answer(sums, answer):
-    """Add one answer, a line of completions.jsonl, to the sums of its steps."""
+def add_answer(bins, answer, every):
+    """Add one answer, a line of completions.jsonl, to the sums of its bin. All fields are read first: a line that lacks
+    one raises KeyError and leaves no empty bin behind."""
     counts = count_behaviours(answer["text"])
     right = answer["reward"] == 1
     length = answer["length"]
-    last = max(answer["step"], sums["last"])
+    step = answer["step"]
+    sums = bins[math.ceil(step / every)]
     sums.update(answers=1, right=right, length=length)
-    sums["last"] = last
+    sums["last"] = max(step, sums["last"])
     for name, count in counts.items():
         sums.update({name: count, f"{name}_share": count > 0})
 
@@ -857,7 +858,9 @@ def draw_landscape(result, args):
     surfaces = list(result["surfaces"].values())
     lowest = min(min(row) for surface in surfaces for row in surface)
     highest = max(max(row) for surface in surfaces for row in surface)
-    height = highest - lowest or 1e-6  # a flat surface needs levels, too
+    height = highest - lowest
+    if height == 0:
+        height = 1e-6  # a flat surface needs levels, too
     levels = [lowest + height * i / 20 for i in range(21)]
     for axis, title, surface in zip(axes[0], titles, surfaces):
         across = list(zip(*surface))  # rows go with a: transposed, a is horizontal
@@ -977,7 +980,7 @@ def add_trajectory_options(parser):
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run folder, checkpoint, hub id, or 'embedded'")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", help="problems, as for the training scripts; for embedded models: arithmetic")
+    source.add_argument("--data", help=f"problems, as for the training scripts; for embedded models: {tasks.DEFAULT}")
     source.add_argument("--completions", help="these answers instead: .jsonl with 'problem', 'text' and 'gold'")
     add("--num_samples", type=int, default=64, help="problems or rows, the first so many; one trajectory each")
     text = "asks for the answer; ANSWER stands for it, and what follows counts as answer, too; \\n is a new line"

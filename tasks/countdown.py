@@ -58,7 +58,8 @@ def problem_from_record(prompt, record, where):
     """The problem of a logged answer; None for a record of another task."""
     if not record.get("numbers"):
         return None
-    return CountdownProblem(prompt, record["gold"], where, numbers=record["numbers"], target=record["target"])
+    target = record.get("target")  # a row without one is no reason to stop: nothing makes None, so no answer is right
+    return CountdownProblem(prompt, record["gold"], where, numbers=record["numbers"], target=target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

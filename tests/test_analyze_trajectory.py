@@ -184,6 +184,15 @@ def test_thinking_ends_before_the_answer(text, expected):
     assert found.ids == ids[: len(found.pieces)]
 
 
+def test_blanks_around_a_gold_answer_are_no_part_of_it(tmp_path):
+    """A probe for ' 10 ' asks for another text than the model writes: its loss would stay high to the end."""
+    row = dict(problem="1+2+3+4=", text="1+2=3;\\boxed{10}", gold=" 10 ", reward=1.0)
+    path = write_jsonl(tmp_path / "blanks.jsonl", [row])
+    args = trajectory.parse(["descent", "embedded", "--completions", str(path)])
+    [found] = trajectory.read_trajectories(TOKENIZER, args)
+    assert found.problem.answer == "10"
+
+
 def test_token_classes_of_english_and_of_the_notation():
     pieces = ["So", " x", " =", " ", "4", ".", " Wait", ",", " hold", " on", ": ", "3", ".", "5", "\n"]
     names = ["inference", "other", "operator", "result", "result", "delimiter", "reflection", "delimiter"]
@@ -262,9 +271,8 @@ def test_directions_have_the_norm_of_what_they_move_and_depend_on_the_seed():
             assert 1.2 < step.norm() / before[name].norm() < 1.6
     assert all(torch.equal(step, again) for step, again in zip(first.values(), moves(0).values()))
     assert not torch.equal(first["model.norm.weight"], moves(1)["model.norm.weight"])
-    assert trajectory.on_plane(model, [0.0], lambda: all(torch.equal(p, before[n]) for n, p in weights(model).items()))[
-        0
-    ][0]
+    [[still]] = trajectory.on_plane(model, [0.0], lambda: weights(model))
+    assert all(torch.equal(before[name], weight) for name, weight in still.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,12 +329,18 @@ def test_behaviours_over_steps(tmp_path):
     first, second = trajectory.read_behaviours(tmp_path, 10)
     assert (first["step"], first["answers"], first["accuracy"], first["length"]) == (10, 2, 0.5, 6.5)
     assert (first["verification"], first["verification_share"], first["subgoal_setting"]) == (0.5, 0.5, 0.5)
-    assert (second["step"], second["accuracy"], second["backtracking"], second["backtracking_share"]) == (
-        12,
-        0.5,
-        1,
-        0.5,
-    )
+    assert (second["step"], second["accuracy"]) == (12, 0.5)
+    assert (second["backtracking"], second["backtracking_share"]) == (1, 0.5)
+
+
+@pytest.mark.parametrize("missing", ["step", "text", "reward", "length"])
+def test_a_last_line_without_its_fields_leaves_no_empty_bin(tmp_path, missing):
+    first, last = answers((1, "1+1=2", 1.0), (25, "~", 0.0))
+    del last[missing]
+    path = write_jsonl(tmp_path / "completions.jsonl", [first])
+    path.write_text(path.read_text() + json.dumps(last))
+    [row] = trajectory.read_behaviours(tmp_path, 10)
+    assert (row["step"], row["answers"]) == (1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

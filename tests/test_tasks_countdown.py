@@ -273,3 +273,9 @@ def test_pruning_scores_answers_from_a_file(model_folder, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [dict(**row, text=text) for text in texts])
     analyze_trajectory.main(analyze_trajectory.parse(["prune", str(model_folder), "--completions", str(path)]))
     assert json.loads(Path("runs/trajectory/prune.json").read_text())["own_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_a_record_without_its_target_has_no_right_answer():
+    """A row of somebody's own file that lacks one field must not end a whole command in a traceback."""
+    problem = tasks.problem_from_record(dict(problem="1 2 4=7", gold="1+2+4", numbers=[1, 2, 4]))
+    assert problem.verdict("\\boxed{1+2+4}") == "well-formed"
