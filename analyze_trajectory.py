@@ -664,7 +664,7 @@ def answer_from(model, tokenizer, trajectories, prefixes, args):
     rollouts = common.sample(model, tokenizer, prompts, 1, args.answer_tokens, 0.0, args.max_rollout_tokens)
     texts = [complete_answer(cue, text) for text in rollouts.texts]
     problems = [trajectory.problem for trajectory in trajectories]
-    verdicts = common.judge(texts, problems, grade_timeout=args.grade_timeout)
+    verdicts = common.judge(texts, problems, [True] * len(texts), args.grade_timeout)
     verifier.refuse_ungraded(verdicts, args.max_grader_errors, "the shortened thinking")
     return [common.REWARDS.get(verdict, 0.0) for verdict in verdicts]
 

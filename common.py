@@ -24,6 +24,7 @@ from plumbing.errors import UserError
 from plumbing.kv_cache import growing_cache
 from plumbing.models import backbone_of, encode, end_token_ids
 from plumbing.precision import fp32_product
+from plumbing.shared_prompts import read_prompts_once, saves_tokens
 
 PREFILL_TOKENS = 2**15  # prompt tokens read in one pass of `prefill`: bounds its memory
 CHUNK_LOGITS = 2**26  # logits alive at once in `token_logps`: 256 MiB in fp32
@@ -74,10 +75,12 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     prompts = [encode(tokenizer, prompt) for prompt in prompts for _ in range(n)]  # B, prompt-major
     contexts = [list(prompt) for prompt in prompts]  # the prompt, and the completion as far as it is sampled
     ends = [len(prompt) + max_completion_length for prompt in prompts]  # no context grows longer
+    generator = torch.Generator(model.device).manual_seed(seed)
+    size = (len(prompts), max_completion_length)  # a number for every token: the same in whatever wave it is decoded
+    noise = torch.rand(size, generator=generator, device=model.device, dtype=torch.float64)
     rows_at_once = max(1, max_rollout_tokens // max(ends))
     room = rows_at_once * max(ends)  # tokens, padding included, that the cache may hold
     stop = end_token_ids(model, tokenizer)
-    generator = torch.Generator(model.device).manual_seed(seed)
     was_training = model.training
     model.eval()  # with gradient checkpointing, a model in training mode silently drops its cache and samples garbage
     waiting = list(range(len(prompts)))
@@ -87,7 +90,7 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
             rows = waiting[:rows_at_once]
             waiting = waiting[rows_at_once:]
             few = rows_at_once // 2 if waiting else 0
-            steps = sample_wave(model, contexts, ends, rows, few, room, temperature, stop, generator)
+            steps = sample_wave(model, contexts, ends, rows, few, room, temperature, stop, noise)
             wave = concatenate(steps)
             waves.append(wave)
             for row, token in zip(wave[0].tolist(), wave[1].tolist()):
@@ -111,7 +114,7 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     return rollouts
 
 
-def sample_wave(model, contexts, ends, rows, few, room, temperature, stop, generator):
+def sample_wave(model, contexts, ends, rows, few, room, temperature, stop, noise):
     """Decode some rows from their contexts on, up to ends[row] tokens: until no more than `few` of them go on, or the
     cache would hold more than `room` tokens, padding included. A finished row leaves the batch.
 
@@ -125,7 +128,7 @@ def sample_wave(model, contexts, ends, rows, few, room, temperature, stop, gener
     step = 0
     while True:
         step += 1
-        tokens, logps, entropy = sample_tokens(model, hidden, temperature, generator)
+        tokens, logps, entropy = sample_tokens(model, hidden, temperature, noise[rows, step - 1 - left])
         yield rows, tokens, logps, entropy
         goes_on = ~torch.isin(tokens, stop) & (left > step)
         keep = goes_on.nonzero().squeeze(1)
@@ -164,15 +167,17 @@ def prefill(model, contexts, room):
     return cache, hidden[owner, -1], attention_mask[owner]
 
 
-def sample_tokens(model, hidden, temperature, generator):
-    """hidden [B, D] -> the next token of every row, its log-prob and the entropy it was sampled from, [B] each."""
+def sample_tokens(model, hidden, temperature, noise):
+    """hidden [B, D], noise [B] in [0, 1) -> next tokens, their log-probs and the entropies sampled from, [B] each."""
     logps = F.log_softmax(head_logits(model, hidden) / (temperature or 1.0), dim=-1)  # [B, V]
     probs = logps.exp()
     entropy = -(probs * logps).sum(-1)
     if not entropy.isfinite().all():
         raise UserError("the policy's probabilities are not finite: its training diverged; lower --learning_rate")
     if temperature > 0:
-        tokens = torch.multinomial(probs, 1, generator=generator)
+        # The first token at which the probabilities, added up, exceed the noise. (fp32 would round rare tokens away.)
+        sums = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
+        tokens = torch.searchsorted(sums, noise[:, None] * sums[:, -1:], right=True)
     else:
         tokens = logps.argmax(-1, keepdim=True)
     return tokens.squeeze(1), logps.gather(1, tokens).squeeze(1), entropy
@@ -188,15 +193,13 @@ def concatenate(steps):
 REWARDS = {"right": 1.0, "well-formed": 0.1}  # of a verdict; every other earns 0.0
 
 
-def judge(texts, problems, finished=None, grade_timeout=3.0):
+def judge(texts, problems, finished, grade_timeout=3.0):
     """Verdicts on B answers: 'right', 'wrong', in some tasks 'well-formed', or what kept the verifier from a verdict
     ('unparsable' gold, 'timeout' after grade_timeout seconds, 'error').
 
     An unfinished answer (cut at the length limit) is wrong. A task may judge its answers itself (`problem.verdict`). In
     all others math-verify compares the content of the last \\boxed{} with the gold answer; nothing else in it counts.
     """
-    if finished is None:
-        finished = [True] * len(texts)
     verdicts = ["wrong"] * len(texts)
     comparisons = {}  # row -> (gold, answer)
     for row, (text, problem, done) in enumerate(zip(texts, problems, finished, strict=True)):
@@ -215,12 +218,6 @@ def judge(texts, problems, finished=None, grade_timeout=3.0):
     return verdicts
 
 
-def grade(texts, problems, finished=None, grade_timeout=3.0):
-    """Rewards of B answers; arguments as in `judge`."""
-    verdicts = judge(texts, problems, finished, grade_timeout)
-    return [REWARDS.get(verdict, 0.0) for verdict in verdicts]
-
-
 def grade_rollouts(rollouts, problems, grade_timeout=3.0):
     """Rollouts of B = P*G rows, prompt-major over the P problems -> (verdicts, a list of B; rewards [P, G])."""
     G = len(rollouts.texts) // len(problems)
@@ -233,17 +230,20 @@ def grade_rollouts(rollouts, problems, grade_timeout=3.0):
 # 3. Log-probs: the whole policy, and the lens that reads the policy of any block --------------------------------------
 
 
-def run_blocks(model, ids, attention_mask, cache=None):
+def run_blocks(model, ids, attention_mask, cache=None, prompt_lengths=None):
     """The backbone's output for `ids`, after its norm -> [B, T, D]. With a cache, `ids` are only the newest columns.
 
     Positions are counted over real tokens only, so that padding on either side shifts nothing. Padding on the right
     needs no mask: causal attention does not look that way, and the fastest kernels take none. (In fp32 on CUDA only
-    the kernels that take a mask can do without a matrix of all scores, so there it is passed.)
+    the kernels that take a mask can do without a matrix of all scores, so there it is passed.) prompt_lengths, a list
+    of B: on a CPU, the prompt that rows share is read once for all of them, where that pays.
     """
     backbone = backbone_of(model)
     if cache is None and not (ids.is_cuda and model.dtype == torch.float32):
         never_rises = attention_mask.cummin(-1).values == attention_mask  # 1s, then 0s: padding only on the right
         if never_rises.all():
+            if prompt_lengths is not None and saves_tokens(model, ids, attention_mask, prompt_lengths):
+                return read_prompts_once(backbone, ids, attention_mask, prompt_lengths)
             return backbone(input_ids=ids, use_cache=False).last_hidden_state
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return backbone(
@@ -255,8 +255,8 @@ def run_blocks(model, ids, attention_mask, cache=None):
     ).last_hidden_state
 
 
-def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
-    """The residual stream that a policy reads -> [B, T, D].
+def hidden_states(model, input_ids, attention_mask, layer=None, norm=False, prompt_lengths=None):
+    """The residual stream that a policy reads -> [B, T, D]. prompt_lengths: as in `run_blocks`.
 
     layer=None: after the last block and the final norm, what the head reads. layer=k, 0-based: the raw stream after
     block k (the BuPO paper's layer k + 1), running blocks 0..k only; norm=True applies the final norm to it, the usual
@@ -264,7 +264,7 @@ def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
     index k + 1 for every k < L-1 (its last entry is already normed). Raises UserError for a layer that is not there.
     """
     if layer is None:
-        return run_blocks(model, input_ids, attention_mask)
+        return run_blocks(model, input_ids, attention_mask, prompt_lengths=prompt_lengths)
     backbone = backbone_of(model)
     layers = backbone.layers
     final_norm = backbone.norm
@@ -276,7 +276,7 @@ def hidden_states(model, input_ids, attention_mask, layer=None, norm=False):
     if not norm:
         backbone.norm = torch.nn.Identity()
     try:
-        return run_blocks(model, input_ids, attention_mask)
+        return run_blocks(model, input_ids, attention_mask, prompt_lengths=prompt_lengths)
     finally:
         backbone.layers = layers
         backbone.norm = final_norm
@@ -325,8 +325,9 @@ def completion_logps(model, rollouts, rows, temperature, layer=None, norm=False)
     mask = rollouts.mask[rows].bool()
     predicts = mask[:, 1:longest]  # column t of the hidden states predicts token t + 1
     targets = ids[:, 1:][predicts]  # [N]
-    hidden = hidden_states(model, ids[:, :-1], attention_mask[:, :-1], layer, norm)[predicts]  # [N, D]
-    logps, entropy = token_logps(model, hidden[None], targets[None], temperature)
+    prompt_lengths = (rollouts.attention_mask[rows].sum(1) - rollouts.lengths[rows]).tolist()
+    hidden = hidden_states(model, ids[:, :-1], attention_mask[:, :-1], layer, norm, prompt_lengths)  # [n, T - 1, D]
+    logps, entropy = token_logps(model, hidden[predicts][None], targets[None], temperature)
     return fill_mask(mask, logps), fill_mask(mask, entropy)
 
 

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import bookkeeping
+import common
 import sft
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,13 @@ def write_jsonl(path, rows):
 
 def read_jsonl(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def grade(texts, problems, finished=None, grade_timeout=3.0):
+    """Rewards of B answers, all of them finished if nothing is said of that."""
+    finished = [True] * len(texts) if finished is None else finished
+    verdicts = common.judge(texts, problems, finished, grade_timeout)
+    return [common.REWARDS.get(verdict, 0.0) for verdict in verdicts]
 
 
 # Two steps of two prompts: small enough for a fraction of a second, large enough for unequal rewards and lengths.

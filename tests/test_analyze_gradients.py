@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bigram import drawn, evaluation, sample_files
+from helpers import grade
 
 import analyze_gradients
 import common
@@ -134,7 +135,7 @@ def test_the_gradient_is_that_of_the_policy_sampled_from(world):
     rewards = []
     for record in records:
         problem = tasks.problem_from_record(record)
-        rewards.append(common.grade(record["texts"], [problem] * 8, record["finished"]))
+        rewards.append(grade(record["texts"], [problem] * 8, record["finished"]))
     rewards = torch.tensor(rewards).double()
     squares, mean_square = analyze_gradients.gradient_moments(model, rollouts, rewards, 0.5)
     lengths = rollouts.lengths.view(3, 8)

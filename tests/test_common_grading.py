@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from helpers import arguments, read_jsonl
+from helpers import arguments, grade, read_jsonl
 
 import common
 import grpo
@@ -14,7 +14,7 @@ from tasks import Problem
 
 
 def score(gold, text, finished=True):
-    return common.grade([text], [Problem("?", gold)], [finished])[0]
+    return grade([text], [Problem("?", gold)], [finished])[0]
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def test_odd_numbers_do_not_stop_the_run(gold, answer):
 def test_unfinished_answers_score_zero():
     """An answer that was cut off while it went on is not an answer, even if a box was seen on the way."""
     problems = [Problem("?", "3")] * 3
-    assert common.grade([r"\boxed{3}"] * 3, problems, [True, False, True]) == [1.0, 0.0, 1.0]
-    assert common.grade([r"\boxed{3}", "3"], problems[:2]) == [1.0, 0.0]  # unknown: taken for finished
+    assert grade([r"\boxed{3}"] * 3, problems, [True, False, True]) == [1.0, 0.0, 1.0]
+    assert grade([r"\boxed{3}", "3"], problems[:2]) == [1.0, 0.0]  # unknown: taken for finished
 
 
 def test_lists_of_unequal_length_are_a_bug():
     """zip stops silently at the shorter list: rewards go to the wrong answers."""
     with pytest.raises(ValueError):
-        common.grade([r"\boxed{3}"] * 2, [Problem("?", "3")])
+        grade([r"\boxed{3}"] * 2, [Problem("?", "3")])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_hostile_answers_score_zero(answer):
     """A model writes anything. What the verifier cannot digest scores 0 and takes no other answer with it."""
     start = time.perf_counter()
     texts = [r"\boxed{3}", f"\\boxed{{{answer}}}", r"\boxed{3}"]
-    assert common.grade(texts, [Problem("?", "3")] * 3, grade_timeout=0.5) == [1.0, 0.0, 1.0]
+    assert grade(texts, [Problem("?", "3")] * 3, grade_timeout=0.5) == [1.0, 0.0, 1.0]
     assert time.perf_counter() - start < 5
 
 
@@ -115,7 +115,7 @@ def test_an_answer_that_would_take_for_ever_is_given_up():
     start = time.perf_counter()
     tower = r"\boxed{9^{9^{9^{9}}}}"
     texts = [tower, r"\boxed{3}", tower, tower]
-    assert common.grade(texts, [Problem("?", "3")] * 4, grade_timeout=0.5) == [0.0, 1.0, 0.0, 0.0]
+    assert grade(texts, [Problem("?", "3")] * 4, grade_timeout=0.5) == [0.0, 1.0, 0.0, 0.0]
     assert time.perf_counter() - start < 5  # one limit: the same answer is not tried again
 
 
@@ -124,7 +124,7 @@ def test_grading_works_in_a_thread():
     scores = []
     texts = [r"\boxed{\frac{22}{26}}", r"\boxed{12/13}"]
     problems = [Problem("?", r"\dfrac{11}{13}")] * 2
-    thread = threading.Thread(target=lambda: scores.extend(common.grade(texts, problems)), daemon=True)
+    thread = threading.Thread(target=lambda: scores.extend(grade(texts, problems)), daemon=True)
     thread.start()
     thread.join(timeout=60)
     assert scores == [1.0, 0.0]
@@ -133,7 +133,7 @@ def test_grading_works_in_a_thread():
 def test_golds_that_cannot_be_read_are_counted():
     """A gold that math-verify reads nothing from makes its problem unsolvable, except by the very same text."""
     gold = Problem("?", "\\text{}")
-    assert common.judge(["\\boxed{a}", "\\boxed{\\text{}}"], [gold] * 2) == ["unparsable", "right"]
+    assert common.judge(["\\boxed{a}", "\\boxed{\\text{}}"], [gold] * 2, [True] * 2) == ["unparsable", "right"]
 
 
 def test_a_run_whose_verifier_fails_stops(model_folder, data, monkeypatch, capsys):

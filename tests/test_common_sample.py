@@ -159,6 +159,43 @@ def test_waves_change_no_greedy_answer(tokenizer):
         assert torch.allclose(waves.logps, whole.logps, atol=1e-5)
 
 
+def test_waves_change_no_sample(tokenizer):
+    """Every token's noise is its own: what else is in its wave must not move it. On CPU the last bits agree, too."""
+    model = tiny_model()
+    several_ends(model, tokenizer)
+    whole = common.sample(model, tokenizer, PROMPTS, 3, 20, seed=4)
+    assert len({tuple(row) for row in whole.ids.tolist()}) == 12  # rows of one prompt differ
+    for budget in (1, 2 * (LONGEST + 20), 5 * (LONGEST + 20)):
+        waves = common.sample(model, tokenizer, PROMPTS, 3, 20, max_rollout_tokens=budget, seed=4)
+        assert torch.equal(waves.ids, whole.ids)
+
+
+def test_the_noise_picks_the_token_by_its_share(monkeypatch):
+    """Token i has the interval [p_0 + ... + p_(i-1), p_0 + ... + p_i): nothing before, after or between it."""
+    probs = torch.tensor([0.0, 0.25, 0.5, 0.0, 0.125, 0.125, 0.0])
+    noise = [0.0, 0.2499, 0.25, 0.7499, 0.75, 0.8749, 0.875, 1 - 2**-53]
+    tokens, logps = tokens_of_noise(monkeypatch, probs, noise)
+    assert tokens.tolist() == [1, 1, 2, 2, 4, 4, 5, 5]
+    assert torch.allclose(logps.exp(), probs[tokens])
+
+
+def test_rare_tokens_are_sampled_as_often_as_they_should_be(monkeypatch):
+    """Added up in fp32, 50,000 tokens of 1e-9 each behind a sure one would vanish or come too often."""
+    probs = torch.full([50_001], 1e-9)
+    probs[0] = 1 - 5e-5
+    tokens, _ = tokens_of_noise(monkeypatch, probs, [1 - 5.05e-5, 1 - 4.95e-5, 1 - 2.5e-5, 1 - 1e-8])
+    assert tokens.tolist() == pytest.approx([0, 500, 25_000, 49_990], abs=200)
+
+
+def tokens_of_noise(monkeypatch, probs, noise):
+    """What the sampler makes of a list of noise, if the policy is probs [V] everywhere -> (tokens, logps)."""
+    logits = probs.log().clamp(min=-200).expand(len(noise), -1)
+    monkeypatch.setattr(common, "head_logits", lambda model, hidden: logits)
+    noise = torch.tensor(noise, dtype=torch.float64)
+    tokens, logps, _ = common.sample_tokens(None, None, 1.0, noise)
+    return tokens, logps
+
+
 def test_waves_keep_to_their_budget(tokenizer, monkeypatch):
     """max_rollout_tokens bounds the cache; a wave over budget ends in an out-of-memory error on a real model."""
     model = tiny_model()
@@ -175,7 +212,7 @@ def test_a_wave_of_unequal_contexts_keeps_to_its_budget(monkeypatch):
     model = tiny_model()
     passes = watch_passes(model, monkeypatch)
     contexts = [[5] * 20, [6], [7]]
-    wave = dict(few=0, room=3 * 25, temperature=1.0, stop=[], generator=torch.Generator().manual_seed(0))
+    wave = dict(few=0, room=3 * 25, temperature=1.0, stop=[], noise=torch.rand(3, 25, dtype=torch.float64))
     steps = list(common.sample_wave(model, contexts, [25] * 3, [0, 1, 2], **wave))
     assert [len(rows) for rows, *_ in steps[:6]] == [3] * 5 + [2]
     assert len(steps) < 24 and 70 < max(rows * columns for rows, _, columns in passes) <= 75

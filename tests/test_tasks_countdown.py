@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import arguments, read_jsonl, write_jsonl
+from helpers import arguments, grade, read_jsonl, write_jsonl
 
 import analyze_trajectory
-import common
 import evaluate
 import grpo
 import tasks
@@ -225,13 +224,13 @@ def test_grading_asks_the_problem():
     """Countdown and mathematics side by side, and an unfinished answer scores 0 in both."""
     texts = ["\\boxed{8*5-3}", "\\boxed{37}", "\\boxed{1/2}", "\\boxed{8*5-3}"]
     asked = [PROBLEM, PROBLEM, tasks.Problem("", "0.5"), PROBLEM]
-    assert common.grade(texts, asked, [True, True, True, False]) == [1.0, 0.1, 1.0, 0.0]
+    assert grade(texts, asked, [True, True, True, False]) == [1.0, 0.1, 1.0, 0.0]
 
 
 def test_no_verifier_is_needed(monkeypatch):
     """Its processes take seconds to start, and would compare values, which says nothing about the numbers used."""
     monkeypatch.setattr(verifier.SHARED, "start", None)
-    assert common.grade(["\\boxed{37}"], [PROBLEM]) == [0.1]
+    assert grade(["\\boxed{37}"], [PROBLEM]) == [0.1]
 
 
 def test_an_answer_can_be_judged_again_from_the_log(model_folder):
@@ -242,7 +241,7 @@ def test_an_answer_can_be_judged_again_from_the_log(model_folder):
         assert re.fullmatch(r"\d \d \d=\d+", row["problem"])
         problem = tasks.problem_from_record(row)
         assert problem.prompt == row["problem"] and problem.answer == row["gold"]
-        assert common.grade([row["text"]], [problem], [row["finished"]]) == [pytest.approx(row["reward"])]
+        assert grade([row["text"]], [problem], [row["finished"]]) == [pytest.approx(row["reward"])]
         assert problem.verdict(f"\\boxed{{{problem.target}}}") == "well-formed"
         assert problem.verdict(f"\\boxed{{{row['gold']}}}") == "right"
     assert read_jsonl("run/metrics.jsonl")[0]["eval_accuracy"] < 0.5

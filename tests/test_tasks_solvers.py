@@ -4,9 +4,8 @@ import random
 import re
 
 import pytest
-from helpers import TOKENIZER
+from helpers import TOKENIZER, grade
 
-import common
 import sft
 import tasks
 from tasks.behaviours import BEHAVIOURS, count_behaviours
@@ -38,7 +37,7 @@ def test_solvers_show_what_they_are_asked_for_and_are_right(data, behaviours):
     """A condition that shows another's behaviour compares nothing. Steps are unavoidable in a chain, and behind a step
     back from a Countdown target: they count as subgoals, where they go forwards."""
     texts, problems = written(data, behaviours=behaviours)
-    assert common.grade(texts, problems) == [1.0] * len(texts)
+    assert grade(texts, problems) == [1.0] * len(texts)
     allowed = set(behaviours)
     if data == "arithmetic" or "backward_chaining" in behaviours:
         allowed.add("subgoal_setting")
@@ -101,7 +100,7 @@ def test_steps_and_checks_tell_the_truth(data, backward):
 @EVERY_TASK
 def test_wrong_answers_with_all_behaviours(data):
     texts, problems = written(data, wrong_answers_only=True)
-    assert max(common.grade(texts, problems)) < 1.0
+    assert max(grade(texts, problems)) < 1.0
     assert all(share * len(texts) > 20 for share in shares(texts).values())
     checked, _ = written(data, behaviours=["verification"], wrong_answers_only=True)
     assert shares(checked)["backtracking"] == 0  # the wrong answer is kept, not dropped
@@ -113,7 +112,7 @@ def test_right_answers_without_behaviours(data):
     full, problems = written(data, behaviours=list(BEHAVIOURS))
     empty, _ = written(data, empty=True)
     filler, _ = written(data, filler=True)
-    assert common.grade(empty, problems) == common.grade(filler, problems) == [1.0] * len(empty)
+    assert grade(empty, problems) == grade(filler, problems) == [1.0] * len(empty)
     assert not any(shares(empty + filler).values())
     assert [len(text) for text in filler] == [len(text) for text in full]
     ends = [re.split(r"</think>|(?=\\boxed)", text)[-1] for text in full]
@@ -137,7 +136,7 @@ def test_tags_where_the_prompt_asks_for_them():
 
 def test_the_teacher_of_countdown_answers_at_once():
     texts, problems = written("countdown-small", 300)
-    rewards = common.grade(texts, problems)
+    rewards = grade(texts, problems)
     assert set(rewards) == {0.1, 1.0} and 60 < rewards.count(1.0) < 120
     assert not any(shares(texts).values())
 

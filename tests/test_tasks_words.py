@@ -6,8 +6,8 @@ import re
 from fractions import Fraction
 
 import pytest
+from helpers import grade
 
-import common
 import sft
 import tasks
 from plumbing.errors import UserError
@@ -52,7 +52,7 @@ def test_the_teacher_is_right_more_often_by_steps_than_by_guesses():
     """Otherwise there is no better behaviour to be amplified."""
     problems = tasks.load_problems("words", "train", 1500)
     texts = [words.teach(problem, random.Random(i)) for i, problem in enumerate(problems)]
-    rewards = common.grade(texts, problems)
+    rewards = grade(texts, problems)
     guessed = [reward for text, reward in zip(texts, rewards) if text.startswith("\\boxed")]
     worked = [reward for text, reward in zip(texts, rewards) if not text.startswith("\\boxed")]
     assert 0.25 < len(guessed) / len(texts) < 0.35
