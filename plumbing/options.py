@@ -54,7 +54,8 @@ class RunArgs:
     )
     data: str = option(
         tasks.DEFAULT,
-        f"{', '.join(tasks.built_in())}, FILE.jsonl, hf://datasets/OWNER/NAME/FILE.jsonl, or a data set of the hub",
+        f"{', '.join(tasks.built_in())}, FILE.jsonl, hf://datasets/OWNER/NAME/FILE.jsonl, or a data set of the hub, "
+        "with :CONFIG if it has several (openai/gsm8k:main)",
     )
     eval_data: str = option(
         "",

@@ -14,7 +14,7 @@ no other file of the project has to know its name. A task file has
     complete(problem, thinking, answer)         both as one completion
     exercises()                                 the smallest problems there are: a list of (prompt, completion)
 
-What comes from outside, JSONL files and data sets of the hub, is read by data_files.py; its answers are compared with
+What comes from outside, files and data sets of the hub, is read by data_files.py; its answers are compared with
 the gold answer by the verifier. Nothing in this folder imports torch.
 """
 
@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 from plumbing import verifier
 from plumbing.errors import UserError
-from tasks.answers import gradable
-from tasks.data_files import find_prompt, problem_from_row, read_rows
+from tasks.answers import HASHES, gradable
+from tasks.data_files import find_answer, find_prompt, problem_from_row, read_rows
 
 DEFAULT = "arithmetic"  # the task that --data has without being told, and that the embedded model is made for
 DEFAULT_PROBLEMS = 4096  # of a built-in task
@@ -77,10 +77,11 @@ def built_in():
 def load_problems(source, split="train", limit=0, system_prompt="", labels=True):
     """Problems of `source` as a list.
 
-    source: the name of a built-in task; a .jsonl file; hf://datasets/OWNER/NAME/FILE.jsonl; or a data set of the hub
-    (needs `datasets`). limit: the first so many; 0 for all (of a built-in task: 4096). system_prompt: goes before every
-    problem that has none. labels=False lets rows without answer through: theirs is '', which no completion matches.
-    Raises UserError for a source that is missing, empty or malformed, and for rows without problem or answer.
+    source: the name of a built-in task; a .jsonl, .json or .parquet file; hf://datasets/OWNER/NAME/FILE; or a data set
+    of the hub, with its config behind a colon if it has several: openai/gsm8k:main (needs `datasets`). limit: the first
+    so many; 0 for all (of a built-in task: 4096). system_prompt: goes before every problem that has none. labels=False
+    lets rows without answer through: theirs is '', which no completion matches. Raises UserError for a source that is
+    missing, empty or malformed, and for rows without problem or answer.
     """
     task = built_in().get(source)
     if task:
@@ -100,8 +101,19 @@ def load_problems(source, split="train", limit=0, system_prompt="", labels=True)
 
 
 def read_problems(source, split, labels):
-    """The problems of a file or a data set of the hub, a list. Raises UserError."""
-    return [problem_from_row(where, row, labels) for where, row in read_rows(source, split)]
+    """The problems of a file or a data set of the hub, a list. Raises UserError, also where only some of the answers
+    have a ####: the gold answer of the others would be a whole solution, which no completion matches."""
+    problems = []
+    first = {}  # whether the answer has a #### -> where that is so for the first time
+    for where, row in read_rows(source, split):
+        problem = problem_from_row(where, row, labels)
+        problems.append(problem)
+        if problem.answer:
+            first.setdefault(HASHES in find_answer(row), where)
+    if len(first) == 2:
+        remedy = "write all answers in one way"
+        raise UserError(f"{first[False]}: no '{HASHES}' in its answer, but in that of {first[True]}; {remedy}")
+    return problems
 
 
 def report_unreadable_golds(problems):

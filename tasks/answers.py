@@ -1,9 +1,13 @@
-"""Final answers in a text: \\boxed{...}, as mathematics writes them."""
+"""Final answers in a text: \\boxed{...}, as mathematics writes them, and #### ..., as the data set GSM8K does."""
 
 import re
 
 # What matters on the way through a text: the start of a box, an escaped character such as \{, and plain braces.
 BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+
+HASHES = "####"
+# A number behind them, with what some rows add to it: "-5.50", "$1,234", "18 dollars".
+AMOUNT = re.compile(r"(-?)\\?[$€£]?\s*(\d[\d,]*(?:\.\d+)?)\.?(?:\s+[A-Za-z][A-Za-z .]*)?")
 
 LONGEST_ANSWER = 2000  # characters; what is longer is no answer, and could take the verifier for ever
 
@@ -34,6 +38,19 @@ def last_boxed(text):
     if found_box is None:
         return None
     return text[found_box]
+
+
+def behind_hashes(text):
+    """The value that a worked solution states behind its last ####, up to the end of that line; a text without #### as
+    it is. Of '#### $1,234 a year' it is '1234': sign, commas and unit would be part of the answer for the verifier."""
+    if HASHES not in text:
+        return text
+    value = text.rpartition(HASHES)[2].strip().partition("\n")[0].rstrip()
+    amount = AMOUNT.fullmatch(value)
+    if amount is None:
+        return value
+    sign, number = amount.groups()
+    return sign + number.replace(",", "")
 
 
 def gradable(text, finished=True):

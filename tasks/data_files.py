@@ -1,50 +1,98 @@
-"""Data from outside: rows of a JSONL file or of a data set of the Hugging Face hub, and the problems in them."""
+"""Data from outside: rows of a file or of a data set of the Hugging Face hub, and the problems in them."""
 
 import json
 import math
+import re
 from pathlib import Path
 
 import tasks
 from plumbing.errors import UserError, explain
-from tasks.answers import last_boxed
+from tasks.answers import behind_hashes, last_boxed
 
 LONGEST_LINE = 2**24  # bytes; a file without line feeds would be read as one problem
 PROMPT_FIELDS = ("problem", "question", "prompt")
+CONFIGS = re.compile(r"(?:available configs|Available): \[(.*?)\]", re.DOTALL)  # in what the package `datasets` says
 
 
 def read_rows(source, split="train"):
-    """Yield (where, row) for every row of a .jsonl file, local or hf://datasets/OWNER/NAME/FILE.jsonl, or of a data set
-    of the hub (needs the package `datasets`).
+    """Yield (where, row) for every row of `source`: a file, local or hf://datasets/OWNER/NAME/FILE, which is JSONL, a
+    JSON array (.json) or .parquet (needs `pyarrow`); or a data set of the hub, OWNER/NAME or OWNER/NAME:CONFIG (needs
+    `datasets`).
 
-    where: the source and the number of the line, from 1, or of the row of a data set, from 0. row: a dict. Raises
-    UserError naming file and line.
+    split: of a data set of the hub. where: the source and the number of the line of JSONL, from 1, else of the row,
+    from 0. row: a dict. Raises UserError naming both.
     """
-    if is_file(source):
-        yield from read_jsonl_rows(source)
-    else:
+    if not is_file(source):
         yield from read_hub_rows(source, split)
+    elif source.endswith(".parquet"):
+        yield from read_parquet_rows(source)
+    elif source.endswith(".json") and is_array(source):
+        yield from read_array_rows(source)
+    else:
+        yield from read_jsonl_rows(source)
 
 
 def is_file(source):
     """True for what names a file; anything else is the name of a data set of the hub."""
-    return source.startswith("hf://") or source.endswith((".json", ".jsonl")) or Path(source).exists()
+    return source.startswith("hf://") or source.endswith((".json", ".jsonl", ".parquet")) or Path(source).exists()
 
 
 def read_hub_rows(source, split):
     """Rows of a data set of the hub, see `read_rows`."""
     with explain(f"{source}: no such file", "if it is a hub data set, `pip install datasets` first", ImportError):
         from datasets import load_dataset
-    with explain(f"{source}, split {split}: cannot be loaded", "check the name"):
-        rows = load_dataset(source, split=split)
+    try:
+        rows = load_dataset(*source.split(":", 1), split=split)
+    except Exception as error:
+        raise UserError(why_not_loaded(source, split, str(error)))
     for i, row in enumerate(rows):
         yield f"{source}:{i}", row
 
 
+def why_not_loaded(source, split, reason):
+    """The message for a data set of the hub that `datasets` refused: its configs, if one of them is missing."""
+    configs = CONFIGS.search(reason)
+    if configs is None:
+        return f"{source}, split {split}: cannot be loaded ({reason[:200]}); check the name"
+    names = configs[1].replace("'", "")
+    example = source.split(":")[0] + ":" + names.split(",")[0]
+    return f"{source}: the data set has the configs {names[:300]}; pass one behind its name: {example}"
+
+
+def read_parquet_rows(source):
+    """Rows of a .parquet file, see `read_rows`."""
+    with explain(f"{source}: cannot be read", "`pip install pyarrow` first", ImportError):
+        from pyarrow import parquet
+    with explain(f"{source}: cannot be read", "check name and network, or pass another file"):
+        rows = parquet.read_table(local_path(source)).to_pylist()
+    for i, row in enumerate(rows):
+        yield f"{source}:{i}", row
+
+
+def is_array(source):
+    """Whether a file of JSON is one array, not a row a line."""
+    with open_file(source) as file:
+        return file.read(1024).lstrip().startswith(b"[")
+
+
+def read_array_rows(source):
+    """Rows of a JSON array, see `read_rows`."""
+    with open_file(source) as file, explain(f"{source}: not a JSON array in UTF-8", "mend the file"):
+        rows = json.loads(file.read().decode("utf-8"))
+    for i, row in enumerate(rows):
+        where = f"{source}:{i}"
+        yield where, parsed_row(where, json.dumps(row).encode())
+
+
+def open_file(source):
+    """A file of bytes, local or of the hub. Raises UserError."""
+    with explain(f"{source}: cannot be read", "check name and network, or pass a local file"):
+        return open(local_path(source), "rb")
+
+
 def read_jsonl_rows(source):
     """Rows of a JSONL file, see `read_rows`. Blank lines are skipped, but counted."""
-    with explain(f"{source}: cannot be read", "check name and network, or pass a local file"):
-        file = open(local_path(source), "rb")
-    with file:
+    with open_file(source) as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):  # up to a line feed only: other separators may stand in texts
             number += 1
@@ -97,7 +145,8 @@ def fields_of(row):
 
 
 def problem_from_row(where, row, labels=True):
-    """One row -> Problem. Fields: problem | question | prompt, and answer | final_answer | solution (with a box).
+    """One row -> Problem. Fields: problem | question | prompt, and answer | final_answer | solution (with a box). Of an
+    answer with ####, as GSM8K has them, what stands behind the last one.
 
     where: goes into messages. labels=False lets a row without answer through: its answer is ''. Raises UserError.
     """
@@ -106,7 +155,7 @@ def problem_from_row(where, row, labels=True):
         fields = "'problem', 'question' or 'prompt'"
         raise UserError(f"{where}: no problem; put text or messages into {fields}; {fields_of(row)}")
     refuse_answered(where, prompt)
-    answer = find_answer(row)
+    answer = behind_hashes(find_answer(row))
     if labels and not answer:
         fields = "'answer', 'final_answer' or a boxed 'solution'"
         raise UserError(f"{where}: no gold answer; put it into {fields}; {fields_of(row)}")
@@ -129,8 +178,8 @@ def find_prompt(row):
 
 
 def find_answer(row):
-    """The gold answer in a row as text without blanks around it, or ''. 0 is an answer; True, NaN and Infinity, which
-    JSON writers put where a number is missing, are none."""
+    """What a row gives as its gold answer, as text without blanks around it, or ''. 0 is an answer; True, NaN and
+    Infinity, which JSON writers put where a number is missing, are none."""
     boxed_solution = last_boxed(str(row.get("solution")))
     for value in (row.get("answer"), row.get("final_answer"), boxed_solution):
         if isinstance(value, float) and not math.isfinite(value):

@@ -1401,10 +1401,24 @@ MUTANTS = [
     ),
     (
         "tasks/data_files.py",
-        "load_dataset(source, split=split)",
-        'load_dataset(source, split="train")',
+        'load_dataset(*source.split(":", 1), split=split)',
+        'load_dataset(*source.split(":", 1), split="train")',
         "test_tasks_problems.py",
         "a data set of the hub is evaluated on its training split",
+    ),
+    (
+        "tasks/data_files.py",
+        'load_dataset(*source.split(":", 1), split=split)',
+        'load_dataset(source.split(":")[0], split=split)',
+        "test_tasks_problems.py",
+        "the config of a data set of the hub is forgotten",
+    ),
+    (
+        "tasks/data_files.py",
+        "answer = behind_hashes(find_answer(row))",
+        "answer = find_answer(row)",
+        "test_tasks_problems.py",
+        "the whole solution of GSM8K is the gold answer, which no completion matches",
     ),
     # tasks/integers.py
     (

@@ -560,6 +560,23 @@ def test_a_wrong_line_is_named(reader, line, words, here):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "array, words",
+    [
+        (b'[{"problem": "1+2?", "answer": "3"}, 7]', "data.json:1: not a JSON object"),
+        (b'[{"problem": "1+2?", "answer": "3"}, {"problem": "\\ud800"}]', "data.json:1: not a JSON object"),
+        (b'[{"problem": "1+2?", "answer": "3"}, {"text": "1"}]', "data.json:1: no problem"),
+        (b'[{"problem": "1+2?", "answer": "3"},', "data.json: not a JSON array"),
+        (b'["\xff"]', "data.json: not a JSON array"),
+        (b" []", "data.json: holds no problem"),
+    ],
+)
+def test_a_wrong_row_of_an_array_is_named(array, words, here):
+    Path("data.json").write_bytes(array)
+    with pytest.raises(UserError, match=words):
+        tasks.load_problems("data.json")
+
+
 def test_a_byte_order_mark_is_named_or_read():
     """An editor's invisible mark before the first { must not end in a traceback."""
     Path("data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tasks.answers import boxed, gradable, last_boxed
+from tasks.answers import behind_hashes, boxed, gradable, last_boxed
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,38 @@ def test_what_counts_of_an_answer():
     assert gradable(boxed("3"), finished=False) == gradable("3") == gradable(boxed("")) == ""
     assert gradable(boxed("1" * 2000)) == "1" * 2000
     assert gradable(boxed("1" * 2001)) == ""
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("#### 72", "72"),
+        ("#### 10\nno:\n####  1,234 \n", "1234"),
+        ("#### 7\nThat is all.", "7"),
+        ("####72", "72"),
+        ("#### -1,234.50", "-1234.50"),
+        ("#### $18", "18"),
+        (r"#### \$1,234", "1234"),
+        ("#### €5.", "5"),
+        ("#### 18 dollars", "18"),
+        ("#### 12 sq. ft", "12"),
+        ("#### 10,0000", "100000"),
+        ("#### 3/4", "3/4"),  # what is more than one number is left to the verifier, commas and all
+        ("#### (1,200)", "(1,200)"),
+        ("#### 10:30 am", "10:30 am"),
+        (r"#### \frac{1}{2}", r"\frac{1}{2}"),
+        ("####", ""),
+        ("1,234", "1,234"),
+        ("### 72", "### 72"),
+    ],
+)
+def test_behind_hashes(text, value):
+    """GSM8K keeps a worked solution as its answer; a sign too much or too little makes another gold of it."""
+    assert behind_hashes(text) == value
+
+
+@pytest.mark.parametrize("piece", ["####", "#### ", "1", "1,", "#### 1 a", "#### $", " "])
+def test_behind_hashes_takes_linear_time(piece):
+    start = time.process_time()
+    behind_hashes("#### 1" + piece * 100_000 + "!")
+    assert time.process_time() - start < 5
