@@ -464,8 +464,8 @@ class Run:
         sys.stderr.writelines(f"{warning}\n" for warning in self.warnings.values())
 
     def write_model(self, folder, step):
-        """A `from_pretrained` folder with tokenizer, optimizers and the step after which it was written: whole or not at
-        all, since it gets its name only when everything is on the disk. Raises UserError if the disk is full, say."""
+        """A `from_pretrained` folder with tokenizer, optimizers and the step after which it was written: whole or not
+        at all, since it gets its name only when everything is on the disk. Raises UserError if the disk is full."""
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         remedy = "make room or make it writable, then repeat the command to go on from the checkpoint before"

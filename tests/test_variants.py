@@ -22,10 +22,10 @@ from test_grpo import (  # noqa: F401
     test_reference_is_read_at_the_policys_temperature,
 )
 
-import bookkeeping
 import common
 import grpo
 from plumbing.rollouts import replace_rows
+from plumbing.runs import step_of
 from variants import cispo, dapo, gspo
 
 VARIANTS = [cispo, dapo, gspo]
@@ -333,4 +333,4 @@ def test_a_variant_starts_from_anywhere(model_folder, data):
     options = {name: value for name, value in (SMALL | paths).items() if name in known}
     done = run_script("variants/gspo.py", *command_line(**options))
     assert done.returncode == 0, done.stderr
-    assert bookkeeping.step_of(Path("run")) == 2
+    assert step_of(Path("run")) == 2
