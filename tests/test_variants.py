@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import objectives
 import pytest
 import torch
-from helpers import SMALL, arguments, command_line, read_jsonl, run_script
+from helpers import SMALL, arguments, command_line, read_jsonl, run_script, write_jsonl
 from objectives import GIVEN, assert_same_gradients, gradients_of, masked_average, textbook, watch
 
 # Tests of the trunk's equations and loop that hold for every variant: the fixture `script` decides.
@@ -249,15 +249,17 @@ def test_silent_prompts_make_room_for_others(model_folder, data):
     assert record["seconds_by_stage"].keys() == {"sampling", "grading", "old_logps", "update"}
 
 
-def test_replaced_prompts_are_new_ones_with_their_own_answers(model_folder, data):
-    """Prompts of --data, drawn anew in every step and round; each logged with what it asked for."""
+def test_replaced_prompts_are_new_ones_with_their_own_answers(model_folder, data, tokenizer):
+    """Prompts of --data, drawn anew in every round; what is graded and logged is what was asked last."""
     problems = {row["problem"]: row["answer"] for row in read_jsonl(data)}
     asked = []
     for rounds in (0, 1, 2):
         options = dict(extra_rounds=rounds, output_dir=f"{rounds}", overlong_share=0.0)
-        watch(dapo, one_step(dapo, model_folder, data, **options), torch.ones(4, 4))
+        seen = watch(dapo, one_step(dapo, model_folder, data, **options), torch.ones(4, 4))
         answers = read_jsonl(f"{rounds}/completions.jsonl")
-        assert all(problems[answer["problem"]] == answer["gold"] for answer in answers)
+        for ids, answer in zip(seen.rollouts[-1].ids, answers, strict=True):
+            assert problems[answer["problem"]] == answer["gold"]
+            assert tokenizer.decode(ids).startswith(f"<|user|>{answer['problem']}<|assistant|>")
         asked.append([answer["problem"] for answer in answers])
     assert asked[0] != asked[1] != asked[2] != asked[0]
 
@@ -265,7 +267,8 @@ def test_replaced_prompts_are_new_ones_with_their_own_answers(model_folder, data
 @pytest.mark.parametrize("rounds", [0, 1, 3])
 def test_a_task_that_is_solved_ends_the_search(rounds, model_folder, data):
     """Every prompt is solved, or none can be: without a bound the step never ends. Then it takes no update."""
-    args = one_step(dapo, model_folder, data, extra_rounds=rounds, overlong_share=0.0)
+    same_problem = write_jsonl(Path("same.jsonl"), read_jsonl(data)[:1] * 12)  # or other prompts would hide one seed
+    args = one_step(dapo, model_folder, same_problem, extra_rounds=rounds, overlong_share=0.0)
     seen = watch(dapo, args, torch.ones(4, 4))
     assert [len(rollouts.ids) for rollouts in seen.rollouts] == [16] * (1 + rounds)
     draws = [rollouts.ids.tolist() for rollouts in seen.rollouts]
