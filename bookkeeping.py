@@ -96,6 +96,7 @@ class Run:
         self.shown = ""  # on the progress bar, of the last step
         self.stop_signal = None  # the number of the signal that asked this run to stop
         self.warnings = {}  # of a fault, the line that was shown
+        self.carried = {}  # optimizers whose state goes into every checkpoint, by the names of their files
         check_folder(args.output_dir, FILES)
         self.refuse_own_input()
         if self.folder.is_dir() and not args.overwrite:
@@ -197,10 +198,17 @@ class Run:
         if args.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.optimizer = Optimizer(self.model, args)
-        if self.resumed:
-            with explain(f"{path}/optimizer.pt: cannot be read", f"delete {path} to go back"):
-                self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", "cpu", weights_only=True))
+        self.carry("optimizer", self.optimizer)
         return self.model, self.tokenizer, self.optimizer
+
+    def carry(self, name, optimizer):
+        """Keep what an optimizer knows, its weights among it, in every checkpoint, as <name>.pt. A resumed run gives
+        it back what it knew."""
+        self.carried[name] = optimizer
+        if self.resumed:
+            path = self.checkpoint
+            with explain(f"{path}/{name}.pt: cannot be read", f"delete {path} to go back"):
+                optimizer.load_state_dict(torch.load(path / f"{name}.pt", "cpu", weights_only=True))
 
     def compare_prompting(self):
         """Say on stderr if --model is a run that was asked its problems in another way: a model that has learnt to
@@ -456,8 +464,8 @@ class Run:
         sys.stderr.writelines(f"{warning}\n" for warning in self.warnings.values())
 
     def write_model(self, folder, step):
-        """A `from_pretrained` folder with tokenizer, optimizer and the step after which it was written: whole or not at
-        all, since it gets its name only when everything is on the disk. Raises UserError if the disk is full, say."""
+        """A `from_pretrained` folder with tokenizer, optimizers and the step after which it was written: whole or not
+        at all, since it gets its name only when everything is on the disk. Raises UserError if the disk is full."""
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         remedy = "make room or make it writable, then repeat the command to go on from the checkpoint before"
@@ -465,7 +473,8 @@ class Run:
             with explain(f"{folder}: cannot be written", remedy):
                 self.model.save_pretrained(temporary)
                 self.tokenizer.save_pretrained(temporary)
-                torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
+                for name, optimizer in self.carried.items():
+                    torch.save(optimizer.state_dict(), temporary / f"{name}.pt")
                 write_json(temporary / "trainer_state.json", {"step": step})
                 for path in temporary.rglob("*"):
                     if path.is_file():
@@ -478,7 +487,7 @@ class Run:
         sync(self.folder)
 
     def finish(self):
-        """Model, tokenizer and optimizer into the run folder itself, then the curves."""
+        """Model, tokenizer and optimizers into the run folder itself, then the curves."""
         final = self.folder / "final"
         self.write_model(final, max(self.start, self.args.max_steps))
         (self.folder / "trainer_state.json").unlink(missing_ok=True)
@@ -585,7 +594,8 @@ def reporter(args):
 
 
 def no_signal(metrics):
-    return metrics.get("optimizer_steps") == 0 and not metrics["skipped_steps"]
+    warming_up = metrics.get("phase") == "warm-up"  # the policy waits
+    return metrics.get("optimizer_steps") == 0 and not metrics["skipped_steps"] and not warming_up
 
 
 def all_truncated(metrics):

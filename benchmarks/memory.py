@@ -2,12 +2,13 @@
 
 `plan` counts by hand what training keeps alive at its fullest moments, component by component. The script prints it for
 four Qwen3 shapes under the training defaults, or under the options given (those of every training script). With --check
-it compares the plan with the bytes of live tensors instead, on three small CPU models, with and without gradient
-checkpointing: every component and the total must agree within 15%, or the exit status is 1. A minute.
+it compares the plan with the bytes of live tensors instead, on small CPU models, with and without gradient
+checkpointing and a critic: every component and the total must agree within 15%, or the exit status is 1. A minute.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --micro_batch_tokens 32768 --optimizer_device cpu
     python benchmarks/memory.py --model path/to/model
+    python benchmarks/memory.py --critic                     # for ppo.py
     python benchmarks/memory.py --check
 """
 
@@ -22,9 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # imports start at the root of the repository
 
 import common
+import ppo
 from benchmarks.meters import peak_bytes
 from benchmarks.models import SHAPES, blank_tokenizer, qwen3, random_model, random_rollouts
 from plumbing.errors import one_line_errors
+from plumbing.models import give_value_head
 from plumbing.optimizer import Optimizer
 from plumbing.options import RunArgs, option, parse
 
@@ -38,6 +41,7 @@ TOLERANCE = 0.15
 class Args(RunArgs):
     check: bool = option(False, "compare the plan with live tensors of small models, instead of printing it")
     only: str = option("", "with --check: small models whose names hold this")
+    critic: bool = option(False, "plan for a critic, too: a second network of this shape, trained beside the first")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +50,7 @@ class Args(RunArgs):
 
 
 def plan(config, args):
-    """GiB on the device by component, for a Qwen3-like config and the options of a training run (RunArgs).
+    """GiB on the device by component, for a Qwen3-like config and the options of a training run (Args).
 
     Sampling and training take turns, as do blocks and head: `total` is weights, optimizer and the fullest moment.
     """
@@ -56,11 +60,16 @@ def plan(config, args):
     tokens = max(longest_sequence(args), args.micro_batch_tokens)  # of a micro-batch, all completion at worst
     matrix = config.vocab_size * config.hidden_size * s  # the head's weights
 
-    weights = gradients = sum(sizes) * s
+    parameters = sum(sizes)
+    if args.critic:  # its gradients wait beside the policy's; the two take turns with everything below
+        parameters += sum(sizes) + config.hidden_size
+        if not config.tie_word_embeddings:
+            parameters -= config.vocab_size * config.hidden_size
+    weights = gradients = parameters * s
     optimizer = 0
     update = 0
     if args.optimizer_device != "cpu":
-        optimizer = sum(sizes) * (8 if s == 4 else 12)  # fp32 weights are their own masters
+        optimizer = parameters * (8 if s == 4 else 12)  # fp32 weights are their own masters
     if s != 4:
         update = 4 * max(sizes)  # one gradient at a time in fp32
     kept, block = activations_per_token(config, s, args.gradient_checkpointing)
@@ -155,11 +164,15 @@ class Small:
     longest: int
     micro_batch_tokens: int
     max_rollout_tokens: int
+    critic: bool = False
 
 
 SMALL = {
     "wide, tied, bf16": Small(qwen3(256, 768, 4, 8, 4, V=2000, head_dim=32), "bfloat16", 48, 384, 1536),
     "deep, untied": Small(qwen3(96, 288, 8, 6, 2, V=1000, head_dim=16, tied=False), "float32", 48, 384, 768),
+    "deep, untied, critic": Small(
+        qwen3(96, 288, 8, 6, 2, V=1000, head_dim=16, tied=False), "float32", 48, 384, 768, critic=True
+    ),
     "large vocabulary, tied": Small(qwen3(64, 192, 6, 4, 2, V=8000, head_dim=16), "float32", 32, 256, 1024),
 }
 
@@ -183,7 +196,16 @@ class Measured:
         if args.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        self.optimizer = Optimizer(self.model, args)
+        self.optimizers = [Optimizer(self.model, args)]
+        self.parameters = list(self.model.parameters())
+        if args.critic:
+            self.critic = random_model(config, dtype=getattr(torch, args.dtype))
+            give_value_head(self.critic)
+            if args.gradient_checkpointing:
+                self.critic.activation_checkpointing_enable({"use_reentrant": False})
+            self.critic.train()
+            self.optimizers.append(Optimizer(self.critic, args))
+            self.parameters.extend(self.critic.parameters())
         longest = longest_sequence(args)
         self.full = args.micro_batch_tokens // longest  # rows of a micro-batch
         lengths = [longest - 1 - i % 2 for i in range(2 * self.full)]  # not all the same: batches are padded
@@ -212,13 +234,17 @@ class Measured:
         for rows in common.micro_batches(self.batch, range(2 * self.full), self.args.micro_batch_tokens):
             logps = common.completion_logps(self.model, self.batch, rows, 1.0)[0]  # entropies would hold their graph
             logps.sum().backward()
-        self.optimizer.step()
+            if self.args.critic:
+                ppo.completion_values(self.critic, self.batch, rows).sum().backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def optimizer_tensors(self):
         tensors = []
-        for state in self.optimizer.state_dict().values():
-            tensors.append(state["master"])
-            tensors.extend(state["adam"]["state"][0].values())
+        for optimizer in self.optimizers:
+            for state in optimizer.state_dict().values():
+                tensors.append(state["master"])
+                tensors.extend(state["adam"]["state"][0].values())
         return tensors
 
 
@@ -226,7 +252,7 @@ def measure(config, args):
     """The components of `plan`, counted in live tensors while the library's functions run."""
     run = Measured(config, args)
     run.train()  # the optimizer's state exists from here on
-    parameters = list(run.model.parameters())
+    parameters = run.parameters
     weights = distinct_bytes(parameters)
     resident = distinct_bytes([*parameters, *run.optimizer_tensors()])
     sampling = peak_bytes(run.sample)
@@ -246,7 +272,8 @@ def checks(only):
         if only not in name:
             continue
         for ending, checkpointing in ((", checkpointing", True), ("", False)):
-            args = RunArgs(
+            args = Args(
+                critic=small.critic,
                 dtype=small.dtype,
                 max_prompt_length=small.longest - small.longest // 4,
                 max_completion_length=small.longest // 4,

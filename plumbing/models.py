@@ -73,6 +73,24 @@ def load_model(path, device="auto", dtype="auto"):
     return model.eval(), tokenizer
 
 
+def load_critic(args):
+    """The model that load_model gives, with a head of one row in place of its unembedding: the value of a state. At
+    first that is 0 everywhere. Reads args.model, device, dtype, gradient_checkpointing."""
+    critic, _ = load_model(args.model, args.device, args.dtype)
+    give_value_head(critic)
+    if args.gradient_checkpointing:
+        critic.activation_checkpointing_enable({"use_reentrant": False})
+    return critic
+
+
+def give_value_head(model):
+    """Replace the unembedding by one row of zeros; it is no longer tied to the embedding, which stays."""
+    embedding = model.get_input_embeddings().weight
+    head = torch.nn.Linear(embedding.shape[1], 1, bias=False, device=embedding.device, dtype=embedding.dtype)
+    torch.nn.init.zeros_(head.weight)
+    model.set_output_embeddings(head)
+
+
 def refuse_incomplete(folder, model, tokenizer, loaded):
     """Raise UserError for weights that are not those of the model: where one is missing, transformers takes a random
     one and goes on. loaded: transformers' account of what it found."""

@@ -125,7 +125,8 @@ class Optimizer:
         return state
 
     def load_state_dict(self, state):
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave, and with it the parameters of the model."""
         for slot in self.slots:
             slot.master.data.copy_(state[slot.name]["master"])
+            slot.parameter.data.copy_(slot.master)
             slot.adam.load_state_dict(state[slot.name]["adam"])

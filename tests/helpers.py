@@ -150,7 +150,7 @@ def learned(folder):
     for record in read_jsonl(Path(folder) / "metrics.jsonl"):
         metrics.append({name: value for name, value in record.items() if name not in bookkeeping.VOLATILE})
     answers = read_jsonl(Path(folder) / "completions.jsonl")
-    return {name: weight.numpy().tobytes() for name, weight in weights.items()}, metrics, answers
+    return {name: weight.view(torch.uint8).numpy().tobytes() for name, weight in weights.items()}, metrics, answers
 
 
 def assert_same_run(folder, other):

@@ -4,13 +4,17 @@ import pytest
 from helpers import run_script
 
 
-@pytest.mark.parametrize("only", ["large", pytest.param("", marks=pytest.mark.slow)], ids=["one_model", "all"])
-def test_the_plan_is_what_live_tensors_take(only):
+@pytest.mark.parametrize(
+    "only, models",
+    [("large", 1), pytest.param("", 4, marks=pytest.mark.slow)],
+    ids=["one_model", "all"],
+)
+def test_the_plan_is_what_live_tensors_take(only, models):
     """A plan that is off sends people to rent a card that is too small, or one that costs twice as much."""
     done = run_script("benchmarks/memory.py", "--check", "--only", only, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = done.stdout.splitlines()[1:]
-    assert len(rows) == (2 if only else 6)  # with and without gradient checkpointing
+    assert len(rows) == 2 * models  # with and without gradient checkpointing
     for row in rows:
         ratios = [float(word) for word in row.split()[-10:-3]]
         assert len(ratios) == 7
@@ -35,6 +39,9 @@ def test_the_plan_moves_with_the_options_as_memory_does():
     # 16 bytes a parameter: two for the weight, two for its gradient, four for the master, eight for the moments
     held = base["weights"] + base["gradients"] + base["optimizer"]
     assert held == pytest.approx(16 * 4.02e9 / 2**30, rel=0.01)
+    critic = planned("--critic")
+    for component in ("weights", "gradients", "optimizer"):
+        assert critic[component] == pytest.approx(2 * base[component], rel=0.01)
     other = planned("--optimizer_device", "cpu", "--max_rollout_tokens", 2**16, "--micro_batch_tokens", 2**15)
     assert other["optimizer"] == 0
     assert other["cache"] < 0.3 * base["cache"]

@@ -50,7 +50,7 @@ def whole(args_for):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, stop", [("grpo", 2), ("bupo", 1), ("bupo", 2), ("bupo", 3), ("opo", 2)])
+@pytest.mark.parametrize("name, stop", [("grpo", 2), ("bupo", 1), ("bupo", 2), ("bupo", 3), ("opo", 2), ("ppo", 2)])
 def test_a_resumed_run_is_the_uninterrupted_one(name, stop, args_for, capsys):
     """Lost moments, repeated problems, the wrong phase or other random numbers: a kink in every curve."""
     script = importlib.import_module(name)
@@ -256,7 +256,7 @@ def test_bookkeeping_options_may_change(args_for):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["grpo", "bupo", "opo"])
+@pytest.mark.parametrize("name", ["grpo", "bupo", "opo", "ppo", "variants.dapo"])
 def test_a_seed_repeats_a_run_and_another_does_not(name, args_for):
     """Without this nobody can tell a change from luck; and one seed for all runs would hide the luck."""
     script = importlib.import_module(name)

@@ -21,9 +21,9 @@ import sft
 from tasks import arithmetic
 from tasks.answers import last_boxed
 
-ALGORITHMS = ["grpo.py", "bupo.py", "opo.py", "em.py"]
+ALGORITHMS = ["grpo.py", "bupo.py", "opo.py", "em.py", "ppo.py"]
 SCRIPTS = ["sft.py", *ALGORITHMS]
-PROMPTS = {"sft.py": 12, "em.py": 1, "grpo.py": 6, "bupo.py": 6, "opo.py": 6}
+PROMPTS = {"sft.py": 12, "em.py": 1, "grpo.py": 6, "bupo.py": 6, "opo.py": 6, "ppo.py": 6}
 
 RECORD = (
     "step phase reward accuracy response_length entropy trained_entropy grad_norm zero_variance_share truncated_share "
@@ -33,7 +33,7 @@ ANSWER = "step problem text answer reward advantage length finished"
 
 
 def module(script):
-    return importlib.import_module(script.removesuffix(".py"))
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
 def weights(folder):
@@ -218,7 +218,7 @@ def help_of(command, monkeypatch, capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "variants/cispo.py", "variants/dapo.py", "variants/gspo.py"])
 def test_help_describes_every_option(script, monkeypatch, capsys):
     """A literal % in one help text breaks --help as a whole; an option without help or default is a riddle."""
     text = help_of(script, monkeypatch, capsys)

@@ -15,8 +15,10 @@ from helpers import ROOT, read_jsonl
 import bupo
 import em
 import grpo
+import ppo
 import sft
 from plumbing.options import RunArgs
+from variants import dapo
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SUBCOMMANDS = {"analyze_trajectory.py": ("descent", "landscape", "prune", "behaviours")}
@@ -178,14 +180,14 @@ def test_every_link_and_image_leads_somewhere(page):
 def test_every_file_named_in_a_sentence_exists(page):
     for code in inline_code(page):
         is_file = PYTHON_FILE.fullmatch(code) or code in ("requirements.txt", "CITATION.cff")
-        is_folder = re.fullmatch(r"(docs|tests|tasks|plumbing|benchmarks)/\S*", code)
+        is_folder = re.fullmatch(r"(docs|tests|tasks|plumbing|benchmarks|variants)/\S*", code)
         if is_file or is_folder:
             assert (ROOT / code).exists(), f"{page}: {code}"
 
 
 def dotted_names(text):
     """What reads like module.function of this project: grpo.loss, common.hidden_states, plumbing.models.load_model."""
-    own = {path.stem for path in ROOT.glob("*.py")} | {"tasks", "plumbing", "benchmarks"}
+    own = {path.stem for path in ROOT.glob("*.py")} | {"tasks", "plumbing", "benchmarks", "variants"}
     names = re.findall(r"(?<![\w./])[a-z_]+(?:\.\w+)+", text)
     endings = ("py", "md", "json", "jsonl", "png", "svg", "txt")
     return [name for name in names if name.split(".")[0] in own and name.split(".")[-1] not in endings]
@@ -248,7 +250,7 @@ def test_the_reference_lists_every_option_with_its_default():
 
     The default is that of the first of these scripts which has the option.
     """
-    scripts = [RunArgs(), grpo.Args(), bupo.Args(), em.Args(), sft.Args()]
+    scripts = [RunArgs(), grpo.Args(), bupo.Args(), ppo.Args(), dapo.Args(), em.Args(), sft.Args()]
     listed = dict(listed_options())
     fields = {name for args in scripts for name in vars(args)}
     assert fields == set(listed)

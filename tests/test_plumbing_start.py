@@ -11,11 +11,12 @@ from helpers import ROOT, run_script
 
 from plumbing import start
 
-TRAINING = ["grpo.py", "bupo.py", "opo.py", "em.py", "sft.py"]
+TRAINING = ["grpo.py", "bupo.py", "opo.py", "em.py", "ppo.py", "sft.py"]
+VARIANTS = ["variants/cispo.py", "variants/dapo.py", "variants/gspo.py"]
 OTHERS = ["evaluate.py", "analyze_entropy.py", "analyze_logits.py", "analyze_gradients.py", "analyze_trajectory.py"]
 
 
-@pytest.mark.parametrize("script", TRAINING + OTHERS)
+@pytest.mark.parametrize("script", TRAINING + VARIANTS + OTHERS)
 def test_help_loads_no_library(script, monkeypatch, capsys):
     """Seven seconds for a list of options, because torch and transformers are loaded for it."""
     monkeypatch.setattr(sys, "argv", [script, "--help"])
@@ -24,7 +25,7 @@ def test_help_loads_no_library(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         start.answer_help(ROOT / script)
     assert not end.value.code
-    assert capsys.readouterr().out.startswith(f"usage: {script}")
+    assert capsys.readouterr().out.startswith(f"usage: {Path(script).name}")
 
 
 def test_help_of_a_command_comes_at_once():

@@ -20,7 +20,9 @@ def files(*patterns):
 
 
 TRUNK = "grpo.py"
-BUDGETS = {"bupo.py": 45, "opo.py": 30, "em.py": 75}  # added lines of code against the trunk
+VARIANTS = files("variants/*.py")
+BUDGETS = {"bupo.py": 45, "opo.py": 30, "em.py": 75, "ppo.py": 80}  # added lines of code against the trunk
+BUDGETS |= dict.fromkeys(VARIANTS, 30)
 ALGORITHMS = [TRUNK, *BUDGETS]
 GROUND = ["bookkeeping.py", "common.py"]
 LESSONS = [name for name in files("*.py", "variants/*.py") if name not in GROUND]
@@ -173,8 +175,10 @@ def test_tests_and_benchmarks_are_readable_too():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_and_what_it_stands_on_are_read_in_one_sitting(name):
-    """The promise of a single file is that it fits into a head, together with the one file that it needs."""
-    assert len(read(name).splitlines()) + len(read("common.py").splitlines()) <= 650
+    """The promise of a single file is that it fits into a head, together with the one file that it needs. A second
+    network, with equations of its own, takes some lines more."""
+    most = {"ppo.py": 700, "variants/dapo.py": 660}.get(name, 650)
+    assert len(read(name).splitlines()) + len(read("common.py").splitlines()) <= most
 
 
 def test_lines_fit_on_the_screen():
@@ -209,16 +213,47 @@ def test_every_algorithm_has_the_same_parts_in_the_same_order(name):
     assert parts(name)["__main__"] == parts(TRUNK)["__main__"]
 
 
-@pytest.mark.parametrize("part", ["advantages", "loss"])
-def test_the_bottom_up_file_copies_the_equations_word_for_word(part):
+# What a file has from the trunk word for word.
+COPIED = {
+    "bupo.py": ["advantages", "loss"],
+    "ppo.py": ["loss"],
+    "variants/cispo.py": ["advantages", "main"],
+    "variants/dapo.py": ["advantages", "loss"],
+    "variants/gspo.py": ["advantages"],
+}
+
+
+@pytest.mark.parametrize("name, part", [(name, part) for name in COPIED for part in COPIED[name]])
+def test_what_is_copied_is_copied_word_for_word(name, part):
     """A fix that reaches only one of two copies: from then on two algorithms differ by a bug."""
-    assert parts("bupo.py")[part] == parts(TRUNK)[part]
+    assert parts(name)[part] == parts(TRUNK)[part]
+
+
+# How many of the trunk's lines of code a file does without.
+LEFT_OUT = {
+    "bupo.py": 6,
+    "em.py": 88,
+    "opo.py": 73,
+    "ppo.py": 41,
+    "variants/cispo.py": 11,
+    "variants/dapo.py": 8,
+    "variants/gspo.py": 9,
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_fix_of_the_trunk_reaches_every_file(name):
+    """A line that is mended in the trunk alone is one more line that this file has not. Mend it here, too; what a file
+    leaves out on purpose changes its number above."""
+    diff = list(difflib.unified_diff(code_lines(TRUNK), code_lines(name), n=0, lineterm=""))[2:]
+    missing = [line for line in diff if line.startswith("-")]
+    assert len(missing) == LEFT_OUT[name], "\n".join(missing)
 
 
 @pytest.mark.parametrize("name", [*ALGORITHMS, *GROUND, *TASKS, *PLUMBING])
 def test_no_identifier_carries_an_algorithm_name(name):
     """`grpo_loss` in one file and `opo_loss` in the next is a difference that means nothing."""
-    algorithms = {algorithm.removesuffix(".py") for algorithm in ALGORITHMS}
+    algorithms = {algorithm.split("/")[-1].removesuffix(".py") for algorithm in ALGORITHMS}
     for token in tokens_of(name):
         if token.type == tokenize.NAME:
             words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", token.string)
