@@ -45,6 +45,7 @@ LONGEST_TEXT = 20_000  # characters of an answer; the middle of a longer one is 
 MOST_TOKENS = 60_000  # whose numbers the page holds, beside each other's answers
 MAP_TOKENS = 64  # of an answer in a layer x token map, the first so many
 LIKELIEST = 5  # tokens of a cell
+BATCH_TOKENS = 4096  # that go through a model at once
 CHUNK_TOKENS = 128  # positions whose distributions are held at once
 
 # Numbers that are measured here; those of metrics.jsonl are explained in docs/reference.md.
@@ -388,12 +389,19 @@ class Policies:
     words: Words
     temperature: float
 
-    def states(self, name, prompt, completion, layer=None):
-        """The states that predict a completion's tokens, [T, D]: of the whole policy, or raw after a block."""
+    def states(self, name, prompts, completions, layer=None):
+        """The states that predict the tokens of completions, each [T, D]: of the whole policy, or raw after a block."""
         model = self.models[name]
-        ids = torch.tensor([(prompt + completion)[:-1]], device=model.device)
-        hidden = common.hidden_states(model, ids, torch.ones_like(ids), layer)
-        return hidden[0, len(prompt) - 1 :]
+        rollouts = common.assemble(prompts, completions, self.tokenizer.pad_token_id, model.device)
+        found = [None] * len(prompts)
+        for rows in common.micro_batches(rollouts, range(len(prompts)), BATCH_TOKENS):
+            columns = int(rollouts.attention_mask[rows].sum(1).max()) - 1  # the last token predicts none
+            ids = rollouts.ids[rows, :columns]
+            hidden = common.hidden_states(model, ids, rollouts.attention_mask[rows, :columns], layer)
+            for row, own in zip(rows, hidden):
+                first = len(prompts[row]) - 1
+                found[row] = own[first : first + len(completions[row])]
+        return found
 
     def logps(self, name, states):
         """States [n, D] -> log-probs [n, V] at the run's temperature."""
@@ -443,30 +451,39 @@ def tokenized(policies, run, problems):
     return tokenize_problems(policies.tokenizer, problems, longest, run.template_settings())
 
 
-@torch.no_grad()
-def look_at_tokens(policies, run, groups, places, args):
-    """Log-prob and entropy of every token of the answers of some groups: place of the answer -> dict."""
-    wanted = [line for group in groups for line in group.lines][: args.answers]
+def tokenize_answers(policies, run, groups, args):
+    """The logged answers of some groups, the first so many: line -> (prompt tokens, answer tokens, record)."""
+    wanted = {line for group in groups for line in group.lines}
     found = {}
     tokens = 0
-    as_logged = 0
     for line, record in logged_answers(run.path / "completions.jsonl"):
-        if line not in wanted or tokens > MOST_TOKENS:
+        if line not in wanted or len(found) >= args.answers or tokens >= MOST_TOKENS:
             continue
         [problem] = tokenized(policies, run, [tasks.Problem(record["problem"], "", f"line {line + 1}")])
         ids = completion_ids(policies.tokenizer, record, args.answer_tokens)
-        if not ids:
-            continue
+        if ids:
+            found[line] = (problem.ids, ids, record)
+            tokens += len(ids)
+    return found
+
+
+@torch.no_grad()
+def look_at_tokens(policies, run, groups, places, args):
+    """Log-prob and entropy of every token of the answers of some groups: place of the answer -> dict."""
+    read = tokenize_answers(policies, run, groups, args)
+    prompts = [prompt for prompt, _, _ in read.values()]
+    completions = [ids for _, ids, _ in read.values()]
+    looks = [dict(tokens=policies.words.place(ids)) for ids in completions]
+    for name, model in policies.models.items():
+        for look, states, ids in zip(looks, policies.states(name, prompts, completions), completions):
+            targets = torch.tensor([ids], device=model.device)
+            logps, entropy = common.token_logps(model, states[None], targets, policies.temperature)
+            look[name] = dict(logp=rounded(logps[0]), entropy=rounded(entropy[0]))
+    as_logged = 0
+    for _, ids, record in read.values():
         as_logged += len(ids) == min(args.answer_tokens, record.get("length", 0))
-        tokens += len(ids)
-        here = dict(tokens=policies.words.place(ids))
-        targets = torch.tensor([ids])
-        for name, model in policies.models.items():
-            states = policies.states(name, problem.ids, ids)
-            logps, entropy = common.token_logps(model, states[None], targets.to(model.device), policies.temperature)
-            here[name] = dict(logp=rounded(logps[0]), entropy=rounded(entropy[0]))
-        found[places[line]] = here
-    return dict(answers=found, as_logged=as_logged)
+    by_place = {places[line]: look for line, look in zip(read, looks)}
+    return dict(answers=by_place, as_logged=as_logged)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,33 +504,36 @@ def held_out_problems(run, args):
 @torch.no_grad()
 def compare(policies, run, problems, args):
     """Both models' greedy answers to the same problems, with what the two policies think of every token."""
-    answers = {}
+    rows = [dict(problem=shortened(problem.question()), gold=problem.answer) for problem in problems]
+    prompts = [problem.ids for problem in problems]
+    limit = min(args.answer_tokens, run.number("max_completion_length", args.answer_tokens))
     for name, model in policies.models.items():
-        prompts = [problem.ids for problem in problems]
-        limit = min(args.answer_tokens, run.number("max_completion_length", args.answer_tokens))
         rollouts = common.sample(model, policies.tokenizer, prompts, 1, limit, 0.0, args.max_rollout_tokens)
         verdicts = common.judge(rollouts.texts, problems, rollouts.finished)
-        answers[name] = []
-        for row, problem in enumerate(problems):
-            mask = rollouts.mask[row].bool()
-            here = look_at_both(policies, problem.ids, rollouts.ids[row][mask].tolist())
-            here |= dict(right=verdicts[row] == "right", answer=last_boxed(rollouts.texts[row]))
-            here |= dict(finished=bool(rollouts.finished[row]))
-            answers[name].append(here)
-    rows = []
-    for i, problem in enumerate(problems):
-        row = dict(problem=shortened(problem.question()), gold=problem.answer)
-        rows.append(row | {name: answers[name][i] for name in answers})
+        completions = [ids[mask.bool()].tolist() for ids, mask in zip(rollouts.ids, rollouts.mask)]
+        states = {policy: policies.states(policy, prompts, completions) for policy in policies.models}
+        for i, row in enumerate(rows):
+            row[name] = dict(
+                ids=completions[i],
+                tokens=policies.words.place(completions[i]),
+                right=verdicts[i] == "right",
+                answer=last_boxed(rollouts.texts[i]),
+                finished=bool(rollouts.finished[i]),
+                **look_at_both(policies, {policy: states[policy][i] for policy in states}),
+            )
     return rows
 
 
-def look_at_both(policies, prompt, completion):
-    """What both policies think of every position of an answer: KL(end || start), and their favourites."""
-    here = dict(ids=completion, tokens=policies.words.place(completion), kl=[])
-    states = {name: policies.states(name, prompt, completion).split(CHUNK_TOKENS) for name in policies.models}
-    for name in policies.models:
+def look_at_both(policies, states):
+    """What the policies think of every position of an answer: KL(end || start), and their favourites.
+
+    states: name of a policy -> [T, D].
+    """
+    here = dict(kl=[])
+    for name in states:
         here[name] = dict(favourite=[], probability=[])
-    for pieces in zip(*states.values()):
+    pieces_of_policies = [own.split(CHUNK_TOKENS) for own in states.values()]
+    for pieces in zip(*pieces_of_policies):
         logps = {}
         for name, piece in zip(states, pieces):
             logps[name] = policies.logps(name, piece)
@@ -555,8 +575,8 @@ def layer_map(policies, name, prompt, completion):
     ids = torch.tensor([(prompt + completion)[:-1]], device=model.device)
     stream = [backbone.embed_tokens(ids)[0, len(prompt) - 1 :]]
     for k in range(len(backbone.layers)):
-        stream.append(policies.states(name, prompt, completion, k))
-    whole = policies.states(name, prompt, completion)
+        stream += policies.states(name, [prompt], [completion], k)
+    [whole] = policies.states(name, [prompt], [completion])
     found = {}
     for lens, see in LENSES.items():
         rows = []

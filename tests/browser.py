@@ -123,7 +123,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         started = time.perf_counter()
         self.call("Page.navigate", url=Path(path).resolve().as_uri())
-        self.wait_for("document.documentElement.dataset.ready === 'yes'")
+        self.wait_for("document.documentElement?.dataset.ready === 'yes'")
         return time.perf_counter() - started
 
     def value(self, expression):

@@ -40,6 +40,8 @@ function number(value, digits = 4) {
   return String(Number(value.toPrecision(digits)));
 }
 
+/** Three digits, zeros among them. */
+const figures = (value) => (value === 0 ? "0" : Math.abs(value) >= 1000 ? number(value) : value.toPrecision(3));
 const signed = (value, digits = 3) => (value > 0 ? "+" : "") + number(value, digits);
 const anchor = (name) => `def-${name.replace(/[^\w.-]+/g, "-")}`;
 
@@ -180,7 +182,7 @@ function drawOverview() {
     const curve = first.curves[name];
     if (!curve) continue;
     const last = curve.values.length - 1;
-    const value = `${number(curve.values[0], 3)} \u2192 ${number(curve.values[last], 3)}`;
+    const value = `${figures(curve.values[0])} \u2192 ${figures(curve.values[last])}`;
     boxes.push(figure(name, text, value, `step ${curve.steps[0]} \u2192 ${curve.steps[last]}`));
   }
   if (first.curves.seconds) {
@@ -205,11 +207,17 @@ function drawNavigation() {
 const colours = () => [css("--ink"), "#D55E00", isDark.matches ? "#56B4E9" : "#0072B2", "#009E73", "#CC79A7", "#E69F00"];
 
 function lineOf(name, i) {
+  const alone = data.runs.length === 1;
+  const [, orange, blue, green] = colours();
   const colour = colours()[i];
-  if (name === "eval_greedy_accuracy") return { mode: "lines+markers", line: { color: colour, dash: "dot", width: 1.5 }, marker: { symbol: "triangle-up", size: 9 } };
-  if (name.startsWith("eval_") || name === "kl_to_start") return { mode: "lines+markers", line: { color: colour, width: 2.5 }, marker: { size: 8 } };
-  if (name === "trained_entropy") return { mode: "lines", line: { color: colour, dash: "dash", width: 1.3 } };
-  return { mode: "lines", line: { color: data.runs.length === 1 ? "#888f97" : colour, width: 1.3 }, opacity: data.runs.length === 1 ? 1 : 0.6 };
+  if (name === "eval_greedy_accuracy") {
+    return { mode: "lines+markers", line: { color: alone ? orange : colour, dash: "dot", width: 2 }, marker: { symbol: "triangle-up", size: 9 } };
+  }
+  if (name.startsWith("eval_") || name === "kl_to_start") {
+    return { mode: "lines+markers", line: { color: alone ? blue : colour, width: 2.5 }, marker: { size: 8 } };
+  }
+  if (name === "trained_entropy") return { mode: "lines", line: { color: alone ? green : colour, dash: "dash", width: 1.6 } };
+  return { mode: "lines", line: { color: alone ? "#888f97" : colour, width: 1.3 }, opacity: alone ? 1 : 0.6 };
 }
 
 function traces(names) {
@@ -247,11 +255,11 @@ function layout(title, log = false) {
   return {
     title: { text: escaped(title), font: { size: 14 }, x: 0.02, xanchor: "left" },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, family: "system-ui, sans-serif", size: 12 },
-    margin: { l: 46, r: 10, t: 34, b: 34 }, hovermode: "x unified",
+    margin: { l: 46, r: 10, t: 34, b: 74 }, hovermode: "x unified",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: ink } },
     xaxis: { ...axis, title: { text: "step", standoff: 4 }, hoverformat: "d" },
     yaxis: { ...axis, type: log ? "log" : "linear", rangemode: log ? "normal" : "tozero" },
-    legend: { orientation: "h", y: -0.2, yanchor: "top", x: 0, font: { size: 11 } }, showlegend: true, shapes: phases(),
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 11 } }, showlegend: true, shapes: phases(),
   };
 }
 
@@ -623,7 +631,8 @@ function drawMap() {
   $("map").replaceChildren(make("thead", {}, head), make("tbody", {}, ...lines));
   for (const button of $("map-lens").children) button.setAttribute("aria-pressed", String(button.value === lens));
   drawLegend("map-legend", "entropy");
-  $("map-cell").replaceChildren(make("p", { className: "quiet", textContent: "No cell is chosen." }));
+  const top = rows[rows.length - 1].entropy;
+  $("map").tBodies[0].rows[0].cells[1 + top.indexOf(Math.max(...top))].click();
 }
 
 function tellCell(cell, map, cells, t, name) {
