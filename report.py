@@ -237,10 +237,15 @@ def is_answer(record):
     return texts and is_number(record.get("reward"))
 
 
-def logged_answers(path):
-    """Yield (number of the line, record) of completions.jsonl, line by line: it may be larger than the memory."""
+def logged_answers(path, wanted=None):
+    """Yield (number of the line, record or None) of completions.jsonl, line by line: it may be larger than the memory.
+
+    wanted: numbers of lines; None for all.
+    """
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file):
+            if wanted is not None and number not in wanted:
+                continue
             record = parsed_record(line)
             if record is not None and is_answer(record):
                 yield number, record
@@ -310,9 +315,7 @@ def read_answers(path, groups):
     wanted = {line for group in groups for line in group.lines}
     columns = {name: [] for name in COLUMNS}
     places = {}  # line -> place in the columns
-    for line, record in logged_answers(path):
-        if line not in wanted:
-            continue
+    for line, record in logged_answers(path, wanted):
         places[line] = len(places)
         for name in COLUMNS:
             columns[name].append(shown(record.get(name)))
@@ -456,9 +459,9 @@ def tokenize_answers(policies, run, groups, args):
     wanted = {line for group in groups for line in group.lines}
     found = {}
     tokens = 0
-    for line, record in logged_answers(run.path / "completions.jsonl"):
-        if line not in wanted or len(found) >= args.answers or tokens >= MOST_TOKENS:
-            continue
+    for line, record in logged_answers(run.path / "completions.jsonl", wanted):
+        if len(found) >= args.answers or tokens >= MOST_TOKENS:
+            break
         [problem] = tokenized(policies, run, [tasks.Problem(record["problem"], "", f"line {line + 1}")])
         ids = completion_ids(policies.tokenizer, record, args.answer_tokens)
         if ids:
@@ -670,9 +673,9 @@ def parse(argv=None):
 
 
 def main(args):
-    library = pages.plotly_source()
     labels = labels_of(args.runs)
     runs = [read_run(path, label) for path, label in zip(args.runs, labels)]
+    library = pages.plotly_source()
     first = runs[0]
     notes = notes_on(runs)
     answers, groups, places = describe_answers(first, args, notes)

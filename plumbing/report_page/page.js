@@ -363,8 +363,8 @@ function matching() {
   const [column, direction] = $("order").value.split("-");
   if (column) {
     const sign = direction === "down" ? -1 : 1;
-    const last = sign * Infinity; // answers without a number come last
-    found.sort((a, b) => sign * ((answers[column][a] ?? sign * Infinity) - (answers[column][b] ?? sign * Infinity)) || a - b);
+    const place = (i) => sign * (answers[column][i] ?? sign * Number.MAX_VALUE); // without a number: last
+    found.sort((a, b) => place(a) - place(b) || a - b);
   }
   return found;
 }
@@ -467,6 +467,10 @@ function prepareAnswers() {
   if (!$("colour").options.length) $("colour").closest(".controls").hidden = true;
   $("only-values").checked = rows.length > 0;
   $("only-values").parentElement.hidden = !rows.length;
+  if (rows.length) {
+    const same = `${data.looked_at.as_logged} of ${count(rows.length, "answer")}`;
+    $("answers-measured").textContent = `Numbers of every token are computed anew from the text, at temperature ${data.temperature}; ${same} split into as many tokens as were sampled.`;
+  }
   let timer = 0;
   $("answers-controls").addEventListener("input", () => {
     clearTimeout(timer);
@@ -733,7 +737,8 @@ function prepareRun() {
 /** The plotly library, unpacked from the page itself. */
 async function loadLibrary() {
   const letters = atob($("library").textContent);
-  const bytes = Uint8Array.from(letters, (letter) => letter.charCodeAt(0));
+  const bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   document.head.append(make("script", { textContent: await new Response(stream).text() }));
 }
