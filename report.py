@@ -248,6 +248,8 @@ def logged_answers(path, wanted=None):
                 continue
             record = parsed_record(line)
             if record is not None and is_answer(record):
+                for name in ("problem", "text"):  # half a character, which JSON can hold, breaks tokenizers
+                    record[name] = record[name].encode("utf-8", "replace").decode("utf-8")
                 yield number, record
             elif line.strip():
                 yield number, None
@@ -412,7 +414,7 @@ class Policies:
 
 
 def load_policies(run, args, notes):
-    """The run's last model and the one that it started from; None if neither can be loaded, and then a note says why."""
+    """The run's last model and the one it started from. Where one cannot be loaded a note says why; None if neither."""
     checkpoints = [path for path in run.path.glob("checkpoint-*") if step_of(path)]
     checkpoints.sort(key=step_of)
     end = run.path
@@ -426,6 +428,8 @@ def load_policies(run, args, notes):
             models[name], own_tokenizer = load_model(path, args.device, args.dtype)
             tokenizer = tokenizer or own_tokenizer
         except UserError as error:
+            if str(error).startswith("--device"):
+                raise
             which = {"end": "last", "start": "starting"}[name]
             where = "Start report.py in the folder where the run was started, or pass --answers 0 --problems 0."
             notes.append(f"The {which} model cannot be loaded, so that what it would say is left out: {error}. {where}")
@@ -474,14 +478,18 @@ def tokenize_answers(policies, run, groups, args):
 def look_at_tokens(policies, run, groups, places, args):
     """Log-prob and entropy of every token of the answers of some groups: place of the answer -> dict."""
     read = tokenize_answers(policies, run, groups, args)
+    if not read:
+        return dict(answers={}, as_logged=0)
     prompts = [prompt for prompt, _, _ in read.values()]
     completions = [ids for _, ids, _ in read.values()]
     looks = [dict(tokens=policies.words.place(ids)) for ids in completions]
+    lengths = [len(ids) for ids in completions]
     for name, model in policies.models.items():
-        for look, states, ids in zip(looks, policies.states(name, prompts, completions), completions):
-            targets = torch.tensor([ids], device=model.device)
-            logps, entropy = common.token_logps(model, states[None], targets, policies.temperature)
-            look[name] = dict(logp=rounded(logps[0]), entropy=rounded(entropy[0]))
+        states = torch.cat(policies.states(name, prompts, completions))  # [N, D], all answers in a row
+        targets = torch.tensor(sum(completions, []), device=model.device)
+        logps, entropy = common.token_logps(model, states[None], targets[None], policies.temperature)
+        for look, own_logps, own_entropy in zip(looks, logps[0].split(lengths), entropy[0].split(lengths)):
+            look[name] = dict(logp=rounded(own_logps), entropy=rounded(own_entropy))
     as_logged = 0
     for _, ids, record in read.values():
         as_logged += len(ids) == min(args.answer_tokens, record.get("length", 0))
@@ -636,8 +644,8 @@ def describe_policies(run, groups, places, args, notes):
             notes.append(f"No held-out problems, so that nothing is answered before and after: {error}.")
     for row in found.get("compared", []):
         for name in policies.models:
-            del row[name]["ids"]  # the page has their places among the words
-    found["words"] = policies.words.texts
+            del row[name]["ids"]  # the page has the places of their texts
+    found["spelled"] = policies.words.texts
     return found
 
 
@@ -673,7 +681,7 @@ def parse(argv=None):
 
 
 def main(args):
-    labels = labels_of(args.runs)
+    labels = labels_of([str(Path(path).absolute()) for path in args.runs])
     runs = [read_run(path, label) for path, label in zip(args.runs, labels)]
     library = pages.plotly_source()
     first = runs[0]

@@ -179,6 +179,11 @@ class Browser:
         """The texts of all elements that a selector finds."""
         return self.value(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)")
 
+    def rows(self, selector):
+        """The body of a table: a list of texts for every row."""
+        rows = f"[...document.querySelectorAll({json.dumps(selector + ' tbody tr')})]"
+        return self.value(f"{rows}.map(row => [...row.cells].map(cell => cell.textContent))")
+
     def screenshot(self, path, full=False):
         """Write what is to be seen, or the whole page, as a PNG file."""
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=full)

@@ -1,6 +1,6 @@
 "use strict";
-// The page of report.py. Data come from the element #data. What a model wrote is set as text, never as HTML, and a label
-// that goes to plotly, which reads a few tags, is escaped first. Nothing is fetched.
+// The page of report.py. Data come from the element #data. What a model wrote is set as text, never as HTML, and a
+// label that goes to plotly, which reads a few tags, is escaped first. Nothing is fetched.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
@@ -125,10 +125,10 @@ function drawLegend(id, scale, ends = SCALES[scale].ends) {
 function tokenText(tokens, scale, values, tell) {
   const box = make("div", { className: "text" });
   tokens.forEach((place, t) => {
-    const token = visible(data.words[place]).replace(/\n/g, "\u23ce\n");
+    const token = visible(data.spelled[place]).replace(/\n/g, "\u23ce\n");
     const span = make("span", { textContent: token });
     span.style.backgroundColor = shade(scale, values[t]);
-    tips.set(span, () => `${inline(data.words[place])}   token ${t + 1}\n${tell(t)}`);
+    tips.set(span, () => `${inline(data.spelled[place])}   token ${t + 1}\n${tell(t)}`);
     box.append(span);
   });
   return box;
@@ -156,7 +156,13 @@ function pager(name, size, noun) {
 
 function figure(name, text, value, detail) {
   const label = make("span", {}, term(name, text));
-  return make("div", { className: "figure" }, label, make("b", { textContent: value }), make("span", { textContent: detail }));
+  return make(
+    "div",
+    { className: "figure" },
+    label,
+    make("b", { textContent: value }),
+    make("span", { textContent: detail }),
+  );
 }
 
 function drawOverview() {
@@ -166,7 +172,9 @@ function drawOverview() {
   $("title").textContent = visible(title);
   const { script, model, data: problems } = first.options;
   const what = [script && `${script}`, model && `from model ${model}`, problems && `on ${problems}`];
-  const state = first.finished ? count(first.last_step, "step") : `unfinished, ${count(first.last_step, "step")} so far`;
+  const state = first.finished
+    ? count(first.last_step, "step")
+    : `unfinished, ${count(first.last_step, "step")} so far`;
   $("subtitle").textContent = visible([...what.filter(Boolean), state].join(", "));
   $("notes").replaceChildren(...data.notes.map((note) => make("p", { className: "note", textContent: visible(note) })));
   const shown = [
@@ -204,19 +212,31 @@ function drawNavigation() {
 // Curves --------------------------------------------------------------------------------------------------------------
 
 // Runs get a colour each; what is measured, a line: samples of training thin, evaluations with marks.
-const colours = () => [css("--ink"), "#D55E00", isDark.matches ? "#56B4E9" : "#0072B2", "#009E73", "#CC79A7", "#E69F00"];
+const colours = () => [
+  css("--ink"),
+  "#D55E00",
+  isDark.matches ? "#56B4E9" : "#0072B2",
+  "#009E73",
+  "#CC79A7",
+  "#E69F00",
+];
 
 function lineOf(name, i) {
   const alone = data.runs.length === 1;
   const [, orange, blue, green] = colours();
   const colour = colours()[i];
   if (name === "eval_greedy_accuracy") {
-    return { mode: "lines+markers", line: { color: alone ? orange : colour, dash: "dot", width: 2 }, marker: { symbol: "triangle-up", size: 9 } };
+    return {
+      mode: "lines+markers",
+      line: { color: alone ? orange : colour, dash: "dot", width: 2 },
+      marker: { symbol: "triangle-up", size: 9 },
+    };
   }
   if (name.startsWith("eval_") || name === "kl_to_start") {
     return { mode: "lines+markers", line: { color: alone ? blue : colour, width: 2.5 }, marker: { size: 8 } };
   }
-  if (name === "trained_entropy") return { mode: "lines", line: { color: alone ? green : colour, dash: "dash", width: 1.6 } };
+  if (name === "trained_entropy")
+    return { mode: "lines", line: { color: alone ? green : colour, dash: "dash", width: 1.6 } };
   return { mode: "lines", line: { color: alone ? "#888f97" : colour, width: 1.3 }, opacity: alone ? 1 : 0.6 };
 }
 
@@ -230,8 +250,15 @@ function traces(names) {
       const isFirst = !found.some((trace) => trace.legendgroup === name);
       const style = lineOf(name, i);
       if (curve.values.length === 1) style.mode = "markers";
-      found.push({ x: curve.steps, y: curve.values, name: escaped(isFirst ? name : label), legendgroup: name, showlegend: isFirst,
-        hovertemplate: `${escaped(label)}: %{y:.4~g}<extra></extra>`, ...style });
+      found.push({
+        x: curve.steps,
+        y: curve.values,
+        name: escaped(isFirst ? name : label),
+        legendgroup: name,
+        showlegend: isFirst,
+        hovertemplate: `${escaped(label)}: %{y:.4~g}<extra></extra>`,
+        ...style,
+      });
     });
   }
   return found;
@@ -242,8 +269,18 @@ function phases() {
   const shapes = [];
   for (const run of data.runs) {
     for (const [first, last] of run.internal) {
-      shapes.push({ type: "rect", xref: "x", yref: "paper", x0: first - 0.5, x1: last + 0.5, y0: 0, y1: 1, layer: "below",
-        fillcolor: css("--shade"), line: { width: 0 } });
+      shapes.push({
+        type: "rect",
+        xref: "x",
+        yref: "paper",
+        x0: first - 0.5,
+        x1: last + 0.5,
+        y0: 0,
+        y1: 1,
+        layer: "below",
+        fillcolor: css("--shade"),
+        line: { width: 0 },
+      });
     }
   }
   return shapes;
@@ -254,12 +291,17 @@ function layout(title, log = false) {
   const axis = { gridcolor: css("--grid"), zeroline: false, linecolor: css("--line"), automargin: true };
   return {
     title: { text: escaped(title), font: { size: 14 }, x: 0.02, xanchor: "left" },
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, family: "system-ui, sans-serif", size: 12 },
-    margin: { l: 46, r: 10, t: 34, b: 74 }, hovermode: "x unified",
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { color: ink, family: "system-ui, sans-serif", size: 12 },
+    margin: { l: 46, r: 10, t: 34, b: 74 },
+    hovermode: "x unified",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: ink } },
     xaxis: { ...axis, title: { text: "step", standoff: 4 }, hoverformat: "d" },
     yaxis: { ...axis, type: log ? "log" : "linear", rangemode: log ? "normal" : "tozero" },
-    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 11 } }, showlegend: true, shapes: phases(),
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 11 } },
+    showlegend: true,
+    shapes: phases(),
   };
 }
 
@@ -291,7 +333,10 @@ function prepareCurves() {
   if (!names.length) return hide("curves");
   const inPanels = Object.values(data.panels).flat();
   const others = names.filter((name) => !inPanels.includes(name));
-  options($("metric"), [...others, ...names.filter((name) => inPanels.includes(name))].map((name) => [name, name]));
+  options(
+    $("metric"),
+    [...others, ...names.filter((name) => inPanels.includes(name))].map((name) => [name, name]),
+  );
   const preferred = ["reward", "loss"].find((name) => names.includes(name));
   if (preferred) $("metric").value = preferred;
   $("metric").addEventListener("change", drawMetric);
@@ -305,7 +350,12 @@ function prepareCurves() {
     });
   }
   const spans = data.runs.flatMap((run) => run.internal.map(([first, last]) => `${run.label} ${first} to ${last}`));
-  if (spans.length) legend.append("Shaded: steps in which an ", term("phase", "internal policy"), ` was trained (${spans.join("; ")}). `);
+  if (spans.length)
+    legend.append(
+      "Shaded: steps in which an ",
+      term("phase", "internal policy"),
+      ` was trained (${spans.join("; ")}). `,
+    );
   legend.append("Lines with marks: evaluations on held-out problems.");
   drawEvaluations();
 }
@@ -313,7 +363,8 @@ function prepareCurves() {
 function drawEvaluations() {
   const lines = [];
   let names = [];
-  for (const run of data.runs) names.push(...Object.keys(run.curves).filter((name) => name.startsWith("eval_") || name === "kl_to_start"));
+  for (const run of data.runs)
+    names.push(...Object.keys(run.curves).filter((name) => name.startsWith("eval_") || name === "kl_to_start"));
   names = [...new Set(names)];
   for (const run of data.runs) {
     const steps = new Set(names.flatMap((name) => (run.curves[name] ? run.curves[name].steps : [])));
@@ -345,7 +396,9 @@ function verdictOf(i) {
 }
 
 function matching() {
-  const [stepFrom, stepTo, lengthFrom, lengthTo] = ["step-from", "step-to", "length-from", "length-to"].map((id) => $(id).value);
+  const [stepFrom, stepTo, lengthFrom, lengthTo] = ["step-from", "step-to", "length-from", "length-to"].map(
+    (id) => $(id).value,
+  );
   const verdict = $("verdict").value;
   const search = $("search").value.toLowerCase();
   const onlyValues = $("only-values").checked;
@@ -372,7 +425,10 @@ function matching() {
 function updateAnswers() {
   list.found = matching();
   const n = count(list.found.length, "answer");
-  const held = answers.text.length === data.answers.total ? "" : ` in the page, which were ${data.answers.total.toLocaleString("en")} in the run`;
+  const held =
+    answers.text.length === data.answers.total
+      ? ""
+      : ` in the page, which were ${data.answers.total.toLocaleString("en")} in the run`;
   const right = list.found.filter((i) => answers.reward[i] === 1).length;
   const share = list.found.length ? `, ${percent(right / list.found.length)} of them right` : "";
   $("answers-count").textContent = `${n} of ${answers.text.length.toLocaleString("en")}${held}${share}`;
@@ -391,25 +447,66 @@ function valuesOf(i, scale, policy) {
 
 function tellToken(here, t) {
   const lines = [];
-  for (const [name, text] of [["start", "starting model"], ["end", "last model"]]) {
-    if (here[name]) lines.push(`${text}: log-prob ${number(here[name].logp[t])}, p ${percent(Math.exp(here[name].logp[t]))}, entropy ${number(here[name].entropy[t])}`);
+  for (const [name, text] of [
+    ["start", "starting model"],
+    ["end", "last model"],
+  ]) {
+    if (here[name])
+      lines.push(
+        `${text}: log-prob ${number(here[name].logp[t])}, p ${percent(Math.exp(here[name].logp[t]))}, ` +
+          `entropy ${number(here[name].entropy[t])}`,
+      );
   }
   return lines.join("\n");
 }
 
 function verdictText(i) {
   const verdict = verdictOf(i);
-  const text = { right: "\u2713 right", partly: `partly right, reward ${number(answers.reward[i])}`, wrong: "\u2717 wrong" }[verdict];
+  const text = {
+    right: "\u2713 right",
+    partly: `partly right, reward ${number(answers.reward[i])}`,
+    wrong: "\u2717 wrong",
+  }[verdict];
   return make("span", { className: verdict === "right" ? "right" : "wrong", textContent: text });
 }
 
 function answerBody(i) {
   const scale = $("colour").value;
   const values = valuesOf(i, scale, $("policy").value);
-  if (values) return tokenText(lookedAt[i].tokens, scale, values, (t) => tellToken(lookedAt[i], t));
+  if (values)
+    return withRest(
+      i,
+      tokenText(lookedAt[i].tokens, scale, values, (t) => tellToken(lookedAt[i], t)),
+    );
   const box = make("div", { className: "text", textContent: visible(answers.text[i]) });
   if (scale === "advantage") box.style.backgroundColor = shade(scale, answers.advantage[i]);
   return box;
+}
+
+/** The tokens of an answer, and what they do not spell: text behind the last one, or characters without a token. */
+function withRest(i, box) {
+  const text = answers.text[i];
+  const words = lookedAt[i].tokens.map((place) => data.spelled[place]);
+  const spelled = words.join("");
+  if (spelled === text || words.slice(0, -1).join("") === text) return box;
+  if (text.startsWith(spelled)) {
+    box.append(
+      make("i", {
+        className: "quiet",
+        textContent: visible(text.slice(spelled.length)),
+        title: "behind --answer_tokens",
+      }),
+    );
+    return box;
+  }
+  const logged = make("div", { className: "text", textContent: visible(text) });
+  return make(
+    "div",
+    {},
+    box,
+    make("span", { className: "quiet", textContent: "The tokens spell it otherwise than the log:" }),
+    logged,
+  );
 }
 
 function answerCard(i) {
@@ -423,16 +520,30 @@ function answerCard(i) {
     $("answers").scrollIntoView();
   });
   const advantage = answers.advantage[i];
-  const top = make("div", { className: "top" },
+  const top = make(
+    "div",
+    { className: "top" },
     make("span", { className: "problem", textContent: visible(problemOf(i)) }),
     make("span", { textContent: `step ${answers.step[i]}` }),
     advantage === null ? null : make("span", {}, term("advantage"), ` ${signed(advantage)}`),
-    make("span", { textContent: `${count(answers.length[i] ?? 0, "token")}${answers.finished[i] === false ? ", cut off" : ""}` }),
-    verdictText(i), group);
+    make("span", {
+      textContent: `${count(answers.length[i] ?? 0, "token")}${answers.finished[i] === false ? ", cut off" : ""}`,
+    }),
+    verdictText(i),
+    group,
+  );
   const extracted = answers.answer[i];
-  const bottom = make("div", { className: "bottom" }, "extracted ",
-    make("b", { className: `mono extracted ${answers.reward[i] === 1 ? "right" : "wrong"}`, textContent: extracted ? visible(extracted) : "nothing" }),
-    ", gold ", make("b", { className: "mono gold", textContent: visible(goldOf(i)) }));
+  const bottom = make(
+    "div",
+    { className: "bottom" },
+    "extracted ",
+    make("b", {
+      className: `mono extracted ${answers.reward[i] === 1 ? "right" : "wrong"}`,
+      textContent: extracted ? visible(extracted) : "nothing",
+    }),
+    ", gold ",
+    make("b", { className: "mono gold", textContent: visible(goldOf(i)) }),
+  );
   const card = make("article", { className: "card" }, top, answerBody(i), bottom);
   card.dataset.row = i;
   return card;
@@ -455,7 +566,10 @@ function prepareAnswers() {
   const advantages = answers.advantage.filter((value) => value !== null);
   SCALES.advantage.most = advantages.reduce((most, value) => Math.max(most, Math.abs(value)), 0) || 1;
   const rows = Object.values(lookedAt);
-  const policies = [["end", "the last model"], ["start", "the starting model"]].filter(([name]) => rows.some((here) => here[name]));
+  const policies = [
+    ["end", "the last model"],
+    ["start", "the starting model"],
+  ].filter(([name]) => rows.some((here) => here[name]));
   options($("policy"), policies);
   const drop = (value) => $("colour").querySelector(`option[value="${value}"]`).remove();
   if (!policies.length) ["logp", "entropy"].forEach(drop);
@@ -469,7 +583,9 @@ function prepareAnswers() {
   $("only-values").parentElement.hidden = !rows.length;
   if (rows.length) {
     const same = `${data.looked_at.as_logged} of ${count(rows.length, "answer")}`;
-    $("answers-measured").textContent = `Numbers of every token are computed anew from the text, at temperature ${data.temperature}; ${same} split into as many tokens as were sampled.`;
+    $("answers-measured").textContent =
+      `Numbers of every token are computed anew from the text, at temperature ${data.temperature}; ` +
+      `${same} split into as many tokens as were sampled.`;
   }
   let timer = 0;
   $("answers-controls").addEventListener("input", () => {
@@ -490,7 +606,10 @@ function prepareAnswers() {
 
 const compared = data.compared || [];
 const compareList = pager("compare", 6);
-const SIDES = [["start", "before"], ["end", "after"]];
+const SIDES = [
+  ["start", "before"],
+  ["end", "after"],
+];
 
 /** 1 where the two answers differ, for every position of the longer one. */
 function changes(pair) {
@@ -504,7 +623,10 @@ const bothAnswer = compared.length > 0 && compared[0].start && compared[0].end;
 function tellPosition(side, t) {
   const lines = side.kl.length ? [`KL(end || start) ${number(side.kl[t])}`] : [];
   for (const [name, text] of SIDES) {
-    if (side[name]) lines.push(`likeliest ${text}: ${inline(data.words[side[name].favourite[t]])} ${percent(side[name].probability[t])}`);
+    if (side[name])
+      lines.push(
+        `likeliest ${text}: ${inline(data.spelled[side[name].favourite[t]])} ${percent(side[name].probability[t])}`,
+      );
   }
   return lines.join("\n");
 }
@@ -514,21 +636,41 @@ function compareSide(pair, name, text) {
   if (!side) return null;
   const scale = $("compare-colour").value;
   const values = scale === "kl" || !bothAnswer ? side.kl : changes(pair);
-  const verdict = make("span", { className: side.right ? "right" : "wrong", textContent: side.right ? "\u2713 right" : "\u2717 wrong" });
-  const head = make("h4", {}, `${text}: `, verdict, ", extracted ",
-    make("b", { className: "mono", textContent: side.answer ? visible(side.answer) : "nothing" }), side.finished ? "" : ", cut off");
-  return make("div", { className: `side ${name}` }, head, tokenText(side.tokens, scale, values, (t) => tellPosition(side, t)));
+  const verdict = make("span", {
+    className: side.right ? "right" : "wrong",
+    textContent: side.right ? "\u2713 right" : "\u2717 wrong",
+  });
+  const head = make(
+    "h4",
+    {},
+    `${text}: `,
+    verdict,
+    ", extracted ",
+    make("b", { className: "mono", textContent: side.answer ? visible(side.answer) : "nothing" }),
+    side.finished ? "" : ", cut off",
+  );
+  return make(
+    "div",
+    { className: `side ${name}` },
+    head,
+    tokenText(side.tokens, scale, values, (t) => tellPosition(side, t)),
+  );
 }
 
 function compareCard(i) {
   const pair = compared[i];
-  const top = make("div", { className: "top" },
+  const top = make(
+    "div",
+    { className: "top" },
     make("span", { className: "problem", textContent: visible(pair.problem) }),
-    make("span", {}, "gold ", make("b", { className: "mono gold", textContent: visible(pair.gold) })));
+    make("span", {}, "gold ", make("b", { className: "mono gold", textContent: visible(pair.gold) })),
+  );
   if (bothAnswer) {
     const changed = changes(pair);
-    top.append(make("span", { textContent: `${sum(changed)} of ${count(changed.length, "position")} changed` }),
-      make("span", { textContent: `largest KL ${number(Math.max(0, ...pair.end.kl), 3)}` }));
+    top.append(
+      make("span", { textContent: `${sum(changed)} of ${count(changed.length, "position")} changed` }),
+      make("span", { textContent: `largest KL ${number(Math.max(0, ...pair.end.kl), 3)}` }),
+    );
   }
   const sides = SIDES.map(([name, text]) => compareSide(pair, name, text));
   const card = make("article", { className: "card" }, top, make("div", { className: "sides" }, ...sides));
@@ -554,24 +696,57 @@ function updateCompared() {
     found.sort((a, b) => bySize.get(b) - bySize.get(a) || a - b);
   }
   compareList.found = found;
-  $("compare-count").textContent = `${found.length} of ${count(compared.length, "held-out problem")}, answered greedily`;
+  $("compare-count").textContent =
+    `${found.length} of ${count(compared.length, "held-out problem")}, answered greedily`;
   drawLegend("compare-legend", $("compare-colour").value);
   compareList.show(0);
 }
 
 function drawCompareFigures() {
   const boxes = [];
-  const rights = SIDES.filter(([name]) => compared[0][name]).map(([name]) => mean(compared.map((pair) => Number(pair[name].right))));
-  boxes.push(figure("eval_greedy_accuracy", "greedy accuracy here", rights.map(percent).join(" \u2192 "), count(compared.length, "problem")));
+  const rights = SIDES.filter(([name]) => compared[0][name]).map(([name]) =>
+    mean(compared.map((pair) => Number(pair[name].right))),
+  );
+  boxes.push(
+    figure(
+      "eval_greedy_accuracy",
+      "greedy accuracy here",
+      rights.map(percent).join(" \u2192 "),
+      count(compared.length, "problem"),
+    ),
+  );
   if (bothAnswer) {
     const changed = compared.map(changes);
     const positions = sum(changed.map((values) => values.length));
-    boxes.push(figure("changed positions", "changed positions", percent(sum(changed.map(sum)) / positions), `of ${count(positions, "position")}`));
+    boxes.push(
+      figure(
+        "changed positions",
+        "changed positions",
+        percent(sum(changed.map(sum)) / positions),
+        `of ${count(positions, "position")}`,
+      ),
+    );
     const ends = compared.map((pair) => pair.end);
     const tokens = sum(ends.map((end) => end.tokens.length));
-    const favourites = sum(ends.map((end) => end.end.favourite.filter((place, t) => place !== end.start.favourite[t]).length));
-    boxes.push(figure("changed favourites", "changed favourites", percent(favourites / tokens), `of ${count(tokens, "position")}`));
-    boxes.push(figure("KL at a position", "KL along the answers after", number(sum(ends.map((end) => sum(end.kl))) / tokens, 3), "nats, mean over positions"));
+    const favourites = sum(
+      ends.map((end) => end.end.favourite.filter((place, t) => place !== end.start.favourite[t]).length),
+    );
+    boxes.push(
+      figure(
+        "changed favourites",
+        "changed favourites",
+        percent(favourites / tokens),
+        `of ${count(tokens, "position")}`,
+      ),
+    );
+    boxes.push(
+      figure(
+        "KL at a position",
+        "KL along the answers after",
+        number(sum(ends.map((end) => sum(end.kl))) / tokens, 3),
+        "nats, mean over positions",
+      ),
+    );
   }
   $("compare-figures").replaceChildren(...boxes);
 }
@@ -582,12 +757,24 @@ function drawLargest() {
   places.sort((a, b) => b.kl - a.kl);
   const lines = places.slice(0, 12).map(({ i, t, kl }) => {
     const { end, problem } = { ...compared[i] };
-    const before = end.tokens.slice(Math.max(0, t - 12), t).map((place) => inline(data.words[place])).join("");
-    const favourite = (name) => make("span", {}, make("code", { textContent: inline(data.words[end[name].favourite[t]]) }), ` ${percent(end[name].probability[t])}`);
+    const before = end.tokens
+      .slice(Math.max(0, t - 12), t)
+      .map((place) => inline(data.spelled[place]))
+      .join("");
+    const favourite = (name) =>
+      make(
+        "span",
+        {},
+        make("code", { textContent: inline(data.spelled[end[name].favourite[t]]) }),
+        ` ${percent(end[name].probability[t])}`,
+      );
     const context = make("code", { textContent: (t > 12 ? "\u2026" : "") + (before || "(first token)") });
     return row([number(kl, 3), visible(problem).slice(0, 80), context, favourite("start"), favourite("end")]);
   });
-  const head = row([term("KL at a position", "KL"), "problem", "after the tokens", "likeliest before", "likeliest after"], "th");
+  const head = row(
+    [term("KL at a position", "KL"), "problem", "after the tokens", "likeliest before", "likeliest after"],
+    "th",
+  );
   $("largest").replaceChildren(make("thead", {}, head), make("tbody", {}, ...lines));
 }
 
@@ -617,12 +804,22 @@ function blockName(depth, depths) {
 function drawMap() {
   const map = maps[Number($("map-answer").value)];
   const rows = map.policies[$("map-policy").value][lens];
-  const head = make("tr", {}, make("th", { textContent: map.tokens.length < map.length ? `first ${map.tokens.length} of ${map.length}` : "written" }));
-  for (const place of map.tokens) head.append(make("th", { className: "mono", textContent: inline(data.words[place]) }));
+  const head = make(
+    "tr",
+    {},
+    make("th", {
+      textContent: map.tokens.length < map.length ? `first ${map.tokens.length} of ${map.length}` : "written",
+    }),
+  );
+  for (const place of map.tokens)
+    head.append(make("th", { className: "mono", textContent: inline(data.spelled[place]) }));
   const lines = rows.map((cells, depth) => {
     const line = make("tr", {}, make("th", { textContent: blockName(depth, rows.length) }));
     cells.tops.forEach((tops, t) => {
-      const cell = make("td", { textContent: inline(data.words[tops[0]]), className: tops[0] === map.tokens[t] ? "written" : "" });
+      const cell = make("td", {
+        textContent: inline(data.spelled[tops[0]]),
+        className: tops[0] === map.tokens[t] ? "written" : "",
+      });
       cell.style.backgroundColor = shade("entropy", cells.entropy[t]);
       const show = () => tellCell(cell, map, cells, t, blockName(depth, rows.length));
       cell.addEventListener("pointerenter", show);
@@ -645,12 +842,19 @@ function tellCell(cell, map, cells, t, name) {
   const lines = cells.tops[t].map((place, rank) => {
     const bar = make("span", { className: "bar" });
     bar.style.width = `${Math.max(1, 160 * cells.probabilities[t][rank])}px`;
-    const token = make("code", { className: "mono", textContent: inline(data.words[place]) });
+    const token = make("code", { className: "mono", textContent: inline(data.spelled[place]) });
     return row([token, percent(cells.probabilities[t][rank]), bar]);
   });
-  const title = make("p", {}, make("b", { textContent: `${name}, ${lens} lens` }), `, where token ${t + 1}, `,
-    make("code", { className: "mono", textContent: inline(data.words[map.tokens[t]]) }), ", was written: ",
-    term("entropy of a token", "entropy"), ` ${number(cells.entropy[t])} nats`);
+  const title = make(
+    "p",
+    {},
+    make("b", { textContent: `${name}, ${lens} lens` }),
+    `, where token ${t + 1}, `,
+    make("code", { className: "mono", textContent: inline(data.spelled[map.tokens[t]]) }),
+    ", was written: ",
+    term("entropy of a token", "entropy"),
+    ` ${number(cells.entropy[t])} nats`,
+  );
   $("map-cell").replaceChildren(title, make("table", {}, make("tbody", {}, ...lines)));
 }
 
@@ -671,13 +875,24 @@ function walk(event) {
 
 function prepareMaps() {
   if (!maps.length) return hide("inside");
-  options($("map-answer"), maps.map((map, i) => [i, visible(map.problem).slice(0, 100)]));
+  options(
+    $("map-answer"),
+    maps.map((map, i) => [i, visible(map.problem).slice(0, 100)]),
+  );
   const names = { end: "after training", start: "before training" };
-  options($("map-policy"), Object.keys(maps[0].policies).map((name) => [name, names[name]]));
+  options(
+    $("map-policy"),
+    Object.keys(maps[0].policies).map((name) => [name, names[name]]),
+  );
   const lenses = Object.keys(Object.values(maps[0].policies)[0]);
   lens = lenses[0];
   for (const name of lenses) {
-    const button = make("button", { type: "button", value: name, textContent: name, title: data.definitions[`${name} lens`] || "" });
+    const button = make("button", {
+      type: "button",
+      value: name,
+      textContent: name,
+      title: data.definitions[`${name} lens`] || "",
+    });
     button.addEventListener("click", () => {
       lens = name;
       drawMap();
@@ -697,7 +912,12 @@ function drawFaults() {
   for (const run of data.runs) {
     for (const { fault, first, times, remedy } of run.faults) {
       const name = data.runs.length > 1 ? `${visible(run.label)}: ` : "";
-      lines.push(make("p", { className: "note", textContent: `${name}${fault}, in ${count(times, "step")}, first in step ${first}: ${remedy}` }));
+      lines.push(
+        make("p", {
+          className: "note",
+          textContent: `${name}${fault}, in ${count(times, "step")}, first in step ${first}: ${remedy}`,
+        }),
+      );
     }
   }
   $("faults").replaceChildren(...(lines.length ? lines : [make("p", { textContent: "None." })]));
@@ -728,7 +948,10 @@ function prepareRun() {
   $("only-different").parentElement.hidden = data.runs.length < 2;
   $("only-different").addEventListener("change", () => drawTable("options", "options", $("only-different").checked));
   for (const [name, meaning] of Object.entries(data.definitions)) {
-    $("definitions-list").append(make("dt", { id: anchor(name), textContent: name }), make("dd", { textContent: meaning }));
+    $("definitions-list").append(
+      make("dt", { id: anchor(name), textContent: name }),
+      make("dd", { textContent: meaning }),
+    );
   }
 }
 
