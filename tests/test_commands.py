@@ -233,6 +233,7 @@ def test_help_describes_every_option(script, monkeypatch, capsys):
     "command",
     [
         "evaluate.py",
+        "report.py",
         "analyze_entropy.py",
         "analyze_logits.py",
         "analyze_gradients.py",
