@@ -4,7 +4,7 @@ import copy
 import errno
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 import analyze_entropy
+import bupo
 import common
 import tasks
 from analyze_entropy import analyze, boundary_layer, stages
 from plumbing import figures
 from plumbing.errors import UserError
-from plumbing.options import RunArgs
 
 # All with two query heads per key-value head; Qwen3 with its norms on queries and keys, Qwen2 with biases.
 KINDS = pytest.mark.parametrize(
@@ -54,9 +54,10 @@ def left_padded(rollouts):
 def assert_same(result, expected, tolerance):
     """Two results of `analyze`: the same names, and numbers no further apart than the tolerance."""
     rows = list(zip([result, *result["layers"]], [expected, *expected["layers"]], strict=True))
+    rows += [(row["standard_error"], other["standard_error"]) for row, other in rows]
     for row, other in rows:
         assert row.keys() - {"heat"} == other.keys() - {"heat"}
-        for name in row.keys() - {"heat", "layers"}:
+        for name in row.keys() - {"heat", "layers", "standard_error"}:
             assert abs(row[name] - other[name]) < tolerance, f"{name}: {row[name]} and {other[name]}"
     for lens, heat in expected.get("heat", {}).items():
         assert result["heat"][lens]["top"] == heat["top"]
@@ -109,8 +110,8 @@ def brute_force(model, prompts, completions, temperature, answer):
     model, kept = watched(model)
     L = len(model.model.layers)
     lenses = {"": torch.nn.Identity(), "normed_": model.model.norm}
-    sums = [Counter() for _ in range(L)]
-    whole = Counter()
+    found = [defaultdict(list) for _ in range(L)]  # name -> values of each answer's tokens
+    whole = defaultdict(list)
     heat = {}
     for lens in lenses:
         heat[lens] = dict(entropy=[[] for _ in range(L + 2)], top=[[] for _ in range(L + 2)])
@@ -119,14 +120,15 @@ def brute_force(model, prompts, completions, temperature, answer):
         produced = slice(len(prompt) - 1, -1)
         target = torch.tensor(completion)
         final = F.log_softmax(outputs.logits[0, produced] / temperature, -1)
-        whole["tokens"] += len(completion)
-        whole["entropy"] += entropy_of(final).sum().item()
-        whole["top"] += (final.argmax(-1) == target).sum().item()
+        read = torch.tensor([prompt[-1], *completion[:-1]])
+        whole["final_entropy"].append(entropy_of(final))
+        whole["final_top_is_sampled"].append(final.argmax(-1) == target)
+        whole["final_top_is_input"].append(final.argmax(-1) == read)
         for k in range(L):
             states = states_of(k, outputs.hidden_states, kept)
             for added, before in (("attn_out", "resid_pre"), ("mlp_out", "resid_mid")):
                 cosine = F.cosine_similarity(states[added], states[before], -1)[0, produced]
-                sums[k][f"cosine_{added}"] += cosine.sum().item()
+                found[k][f"cosine_{added}"].append(cosine)
             for lens, apply in lenses.items():
                 logps = {}
                 H = {}
@@ -134,30 +136,41 @@ def brute_force(model, prompts, completions, temperature, answer):
                     logits = model.get_output_embeddings()(apply(state))[0, produced]
                     logps[name] = F.log_softmax(logits / temperature, -1)
                     H[name] = entropy_of(logps[name])
-                    sums[k][f"{lens}entropy_{name}"] += H[name].sum().item()
-                sums[k][f"{lens}dH_layer"] += (H["resid_post"] - H["resid_pre"]).sum().item()
-                sums[k][f"{lens}dH_attn"] += (H["attn_out"] - H["attn_in"]).sum().item()
-                sums[k][f"{lens}dH_ffn"] += (H["mlp_out"] - H["mlp_in"]).sum().item()
+                    found[k][f"{lens}entropy_{name}"].append(H[name])
+                found[k][f"{lens}dH_layer"].append(H["resid_post"] - H["resid_pre"])
+                found[k][f"{lens}dH_attn"].append(H["attn_out"] - H["attn_in"])
+                found[k][f"{lens}dH_ffn"].append(H["mlp_out"] - H["mlp_in"])
                 pi = logps["resid_post"]
-                sums[k][f"{lens}kl_to_final"] += (pi.exp() * (pi - final)).sum().item()
-                sums[k][f"{lens}top_is_sampled"] += (pi.argmax(-1) == target).sum().item()
+                found[k][f"{lens}kl_to_final"].append((pi.exp() * (pi - final)).sum(-1))
+                found[k][f"{lens}top_is_sampled"].append(pi.argmax(-1) == target)
+                found[k][f"{lens}top_is_input"].append(pi.argmax(-1) == read)
                 if i == answer:
                     rows = {k: logps["resid_pre"], k + 1: pi, L + 1: final}  # k: the block below has written the same
                     for depth, row in rows.items():
                         heat[lens]["entropy"][depth] = entropy_of(row).tolist()
                         heat[lens]["top"][depth] = row.argmax(-1).tolist()
-    n = whole["tokens"]
-    layers = []
-    for k in range(L):
-        means = {name: total / n for name, total in sums[k].items()}
-        layers.append(dict(layer=k, **means))
+    tokens = sum(map(len, completions))
     return dict(
-        tokens=n,
-        final_entropy=whole["entropy"] / n,
-        final_top_is_sampled=whole["top"] / n,
-        layers=layers,
+        tokens=tokens,
+        positions=tokens,
+        **summarised(whole),
+        layers=[dict(layer=k, **summarised(found[k])) for k in range(L)],
         heat=heat,
     )
+
+
+def summarised(found):
+    """Name -> values of each answer's tokens, as means over all tokens and, by a loop, their clustered errors."""
+    means, errors = {}, {}
+    for name, answers in found.items():
+        mean = torch.cat(answers).double().mean()
+        squares = 0.0
+        for values in answers:
+            squares += sum(value.double() - mean for value in values) ** 2
+        A = len(answers)
+        means[name] = mean.item()
+        errors[name] = (squares * A / (A - 1)).sqrt().item() / len(torch.cat(answers))
+    return dict(**means, standard_error=errors)
 
 
 @KINDS
@@ -214,8 +227,8 @@ def test_entropies_survive_large_logits():
 
 
 def test_one_forward_pass_and_one_projection_of_each_activation(monkeypatch):
-    """Per token: what each block reads twice and adds twice, the stream in its middle and behind it, the embedding, and
-    the whole policy. A second pass for the KL, or a stream projected as output and as input again, costs more."""
+    """Per token: what each block reads twice and adds twice, the embedding, and the whole policy. The stream is the sum
+    of what was added. A second pass for the KL, or a stream that meets the head again, costs more."""
     model, (_, completions, rollouts) = tiny_model(), random_answers()
     L, passes, projected, head_logits = 4, [], [], common.head_logits
     monkeypatch.setattr(common, "head_logits", lambda model, h: (projected.append(len(h)), head_logits(model, h))[1])
@@ -223,13 +236,11 @@ def test_one_forward_pass_and_one_projection_of_each_activation(monkeypatch):
     analyze(model, rollouts, micro_batch_tokens=L * 20)
     counter.remove()
     tokens = sum(map(len, completions))
-    assert sum(projected) == (6 * L + 2) * tokens
+    assert sum(projected) == (4 * L + 2) * tokens
     assert len(passes) == len(common.micro_batches(rollouts, range(5), 20)) > 1
     projected.clear()
     analyze(model, rollouts, norm=True)
-    assert (
-        sum(projected) == (12 * L + 2) * tokens
-    )  # the embedding normed, too; the last block normed is the whole policy
+    assert sum(projected) == (8 * L + 3) * tokens  # the embedding normed, too
     assert not any(part._forward_hooks for part in model.modules())  # none is left behind
 
 
@@ -296,7 +307,9 @@ def result_of(model, ffn):
     """What the figures of changes need of a model, from dH_ffn of its blocks."""
     layers = []
     for k, (change, stage) in enumerate(zip(ffn, stages(ffn))):
-        layers.append(dict(layer=k, stage=stage, dH_ffn=change, dH_attn=-change, entropy_resid_post=10 * change))
+        means = dict(dH_ffn=change, dH_attn=-change, entropy_resid_post=10 * change)
+        errors = dict(dH_ffn=0.3, dH_attn=0.1, entropy_resid_post=0.2)
+        layers.append(dict(layer=k, stage=stage, **means, standard_error=errors))
     return dict(model=model, layers=layers, boundary_layer=boundary_layer(ffn))
 
 
@@ -314,6 +327,20 @@ def test_what_training_changed_is_after_minus_before():
     figure = analyze_entropy.draw_training(start, [result_of("trained", [0.5, 2.5])])
     entropy, attn, ffn = (list(axis.lines[0].get_ydata()) for axis in figure.axes)
     assert (entropy, attn, ffn) == ([-5.0, 5.0], [0.5, -0.5], [-0.5, 0.5])
+
+
+def test_bands_are_one_standard_error_on_either_side():
+    """A band that is too wide hides a difference, one that is too narrow invents it."""
+
+    def heights(axis, i):
+        return [sorted(set(shape.vertices[:, 1].round(6))) for shape in axis.collections[i].get_paths()]
+
+    start = result_of("start", [1.0])
+    changes = analyze_entropy.draw_changes([start]).axes[0]
+    assert heights(changes, 0) == [[-1.1, -0.9]]
+    assert heights(changes, 1) == [[0.7, 1.3]]
+    training = analyze_entropy.draw_training(start, [result_of("trained", [1.0])]).axes[2]
+    assert heights(training, 0) == [pytest.approx([-0.3 * 2**0.5, 0.3 * 2**0.5], abs=1e-5)]  # both models have errors
 
 
 @pytest.mark.parametrize("changes", [[-1.0, -0.5], [0.0, 0.0], [0.001, -1.0]])
@@ -353,11 +380,15 @@ def test_one_command_writes_numbers_and_figures(folders):
     assert second["model"].endswith("checkpoint-100")
     names = {"entropy_resid_pre", "entropy_resid_mid", "entropy_resid_post", "entropy_attn_in", "entropy_attn_out"}
     names |= {"entropy_mlp_in", "entropy_mlp_out", "dH_layer", "dH_attn", "dH_ffn", "kl_to_final", "top_is_sampled"}
-    names |= {f"normed_{name}" for name in names} | {"layer", "stage", "cosine_attn_out", "cosine_mlp_out"}
+    names.add("top_is_input")
+    names |= {f"normed_{name}" for name in names} | {"cosine_attn_out", "cosine_mlp_out"}
     for k, here in enumerate(second["layers"]):
-        assert here.keys() == names
+        assert here.keys() == names | {"layer", "stage", "standard_error"}
         assert here["layer"] == k
-        assert all(math.isfinite(value) for name, value in here.items() if name != "stage")
+        assert here["standard_error"].keys() == names
+        assert all(math.isfinite(here[name]) and here["standard_error"][name] >= 0 for name in names)
+        errors = here["standard_error"]
+        assert f"\n    ±{errors['entropy_resid_post']:12.3f}{errors['dH_layer']:12.3f}" in done.stdout
         assert f"\n{k:5d}{here['entropy_resid_post']:12.3f}{here['dH_layer']:12.3f}" in done.stdout
     assert second["ln_vocab"] == pytest.approx(math.log(len(TOKENIZER)))
     assert len(second["answer"]["lenses"][""]["entropy"]) == 5  # embedding, blocks 0 to 2, whole policy
@@ -403,7 +434,7 @@ def test_auto_layer_is_the_boundary_layer_of_the_starting_model(folders, monkeyp
     monkeypatch.setattr(
         tasks, "load_problems", lambda data, split, *rest: asked.append(split) or real(data, split, *rest)
     )
-    args = RunArgs(model=str(folders / "checkpoint-20"), system_prompt="", max_completion_length=5)
+    args = bupo.Args(model=str(folders / "checkpoint-20"), system_prompt="", max_completion_length=5)
     seen = []
     monkeypatch.setattr(analyze_entropy, "boundary_layer", lambda changes: seen.append(changes) or 1)
     assert [analyze_entropy.auto_layer(args), analyze_entropy.auto_layer(args)] == [1, 1]
