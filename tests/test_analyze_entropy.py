@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import io
 import json
 import math
 from collections import defaultdict
@@ -20,7 +21,7 @@ import analyze_entropy
 import bupo
 import common
 import tasks
-from analyze_entropy import analyze, boundary_layer, stages
+from analyze_entropy import analyze, boundary_layer, choose_positions, clustered_mean, stages
 from plumbing import figures
 from plumbing.errors import UserError
 
@@ -221,6 +222,138 @@ def test_entropies_survive_large_logits():
         assert here["entropy_resid_post"] == pytest.approx(there["entropy_resid_post"], abs=1e-4)
 
 
+@KINDS
+def test_the_running_sum_ends_at_the_model_itself(family, tied, monkeypatch):
+    """The stream's product is summed up over all blocks: one part left out or taken twice, and it is another policy."""
+    model, rollouts = tiny_model(family, tied), random_answers()[2]
+    seen = []
+    real = analyze_entropy.Measurement.add_block
+
+    def add_block(self, lens, k, positions, at, stream, final_logps):
+        real(self, lens, k, positions, at, stream, final_logps)
+        if lens.norm is not None and k == 3:
+            logps = F.log_softmax(stream * lens.factor(at["resid_post"]), -1)
+            seen.append((logps - final_logps).abs().max().item())
+
+    monkeypatch.setattr(analyze_entropy.Measurement, "add_block", add_block)
+    analyze(model, rollouts, norm=True)
+    assert seen and max(seen) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors, and a sample of the positions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_error_of_a_mean_is_that_over_answers():
+    """Ten copies of a token say no more than one: the error must be that of three answers, not of thirty tokens."""
+    values = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+    counts = torch.full((3,), 10.0, dtype=torch.float64)
+    mean, error = clustered_mean(values * counts, counts)
+    assert mean.item() == 3.0
+    assert error.item() == pytest.approx(values.std().item() / 3**0.5)
+    unequal = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    mean, error = clustered_mean(torch.tensor([2.0, 3.0, 13.0], dtype=torch.float64), unequal)
+    assert mean.item() == 3.0
+    assert error.item() == pytest.approx(math.sqrt(3 / 2 * (1 + 9 + 16)) / 6)  # of residuals -1, -3 and 4
+    without = torch.tensor([0.0, 10.0, 10.0, 10.0], dtype=torch.float64)  # an answer of which no token was measured
+    mean, error = clustered_mean(torch.tensor([0.0, 10.0, 20.0, 60.0], dtype=torch.float64), without)
+    assert error.item() == pytest.approx(values.std().item() / 3**0.5)
+
+
+def test_the_error_is_the_spread_over_fresh_answers():
+    """What the number promises: where answers differ, means of fresh samples scatter as far as it says."""
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.randint(5, 15, (400, 60), generator=generator).double()
+    levels = torch.randn(400, 60, generator=generator, dtype=torch.float64)  # of the answers; their tokens add little
+    means, errors = zip(*(clustered_mean(level * n, n) for level, n in zip(levels, counts)))
+    assert torch.stack(errors).mean() == pytest.approx(torch.stack(means).std().item(), rel=0.1)
+
+
+def test_a_single_answer_has_no_error(folders):
+    result = run_main(folders / "checkpoint-20", "--num_samples", 1, "--max_completion_length", 3)["models"][0]
+    assert set(result["layers"][0]["standard_error"].values()) == {None}
+    assert set(result["standard_error"].values()) == {None}
+
+
+def test_a_sample_of_positions_is_drawn_by_the_seed():
+    """Of the tokens that were sampled, never of a prompt or of padding; each as likely as any other."""
+    mask = random_answers()[2].mask
+    for rollouts in (random_answers()[2], left_padded(random_answers()[2])):
+        chosen = choose_positions(rollouts.mask, 12, seed=3)
+        assert chosen.sum() == 12
+        assert not chosen[rollouts.mask == 0].any()
+    assert choose_positions(mask, 12, seed=3).equal(choose_positions(mask, 12, seed=3))
+    assert not choose_positions(mask, 12, seed=3).equal(choose_positions(mask, 12, seed=4))
+    for everything in (0, int(mask.sum()), 10**6):
+        assert choose_positions(mask, everything, seed=3).equal(mask.bool())
+    often = sum(choose_positions(mask, 7, seed).float() for seed in range(2000))[mask.bool()]
+    assert often.min() > 0.7 * often.mean() and often.max() < 1.3 * often.mean()
+
+
+def test_only_the_sampled_positions_count(monkeypatch):
+    """The means are those of the drawn positions alone, although the answer of the heat map is shown from end to end;
+    the head is spared all others."""
+    model, (_, completions, rollouts) = tiny_model(), random_answers()
+    chosen = choose_positions(rollouts.mask, 9, seed=5)
+    assert 0 < chosen[1].sum() < len(completions[1])
+    projected, head_logits = [], common.head_logits
+    monkeypatch.setattr(common, "head_logits", lambda model, h: (projected.append(len(h)), head_logits(model, h))[1])
+    result = analyze(model, rollouts, norm=True, answer=1, max_positions=9, seed=5)
+    looked_at = 9 + len(completions[1]) - int(chosen[1].sum())
+    assert sum(projected) == (8 * 4 + 3) * looked_at
+    assert (result["positions"], result["tokens"]) == (9, sum(map(len, completions)))
+    everything = analyze(model, rollouts, norm=True, answer=1)
+    assert result["heat"]["normed_"]["top"] == everything["heat"]["normed_"]["top"]
+    rollouts.mask = chosen.float()
+    expected = analyze(model, rollouts, norm=True, answer=1)
+    del expected["heat"]
+    assert_same(result, expected | dict(tokens=result["tokens"]), 1e-5)
+
+
+def test_a_sample_is_near_the_whole():
+    """The error says how near: a sample of a third, a hundred times."""
+    model, rollouts = tiny_model(), random_answers(n=40)[2]
+    whole = analyze(model, rollouts)["layers"][2]
+    far = []
+    for seed in range(25):
+        part = analyze(model, rollouts, max_positions=60, seed=seed)["layers"][2]
+        far.append((part["dH_ffn"] - whole["dH_ffn"]) / part["standard_error"]["dH_ffn"])
+    assert sum(abs(z) < 2 for z in far) >= 20
+    assert abs(sum(far)) / len(far) < 0.7
+
+
+def test_what_was_measured_is_said(folders, capsys):
+    """A number over 5 tokens that looks like one over all of them."""
+    options = ("--num_samples", 3, "--max_completion_length", 6, "--max_positions", 5)
+    result = run_main(folders / "checkpoint-20", *options)["models"][0]
+    assert result["positions"] == 5 < result["tokens"]
+    assert f"{result['tokens']} tokens, 3 answers, of which 5 tokens at random were measured" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--max_positions -1: must be 0 or more"):
+        run_main(folders / "checkpoint-20", "--max_positions", -1)
+
+
+def test_the_bar_counts_to_the_end_and_writes_into_no_log(monkeypatch, capsys):
+    """A bar that stops at a half, or runs past its end, says nothing of the time left."""
+    model, rollouts = tiny_model(), random_answers()[2]
+    bars = []
+
+    class Bar(analyze_entropy.tqdm):
+        def __init__(self, *args, disable, **options):
+            assert disable is None  # tqdm's word for: not unless stderr is a terminal
+            super().__init__(*args, disable=False, file=io.StringIO(), **options)
+            bars.append(self)
+
+    for options in (dict(), dict(norm=True, max_positions=9, answer=1)):
+        analyze(model, rollouts, **options)
+        assert capsys.readouterr().err == ""
+        with monkeypatch.context() as patch:
+            patch.setattr(analyze_entropy, "tqdm", Bar)
+            analyze(model, rollouts, **options)
+        assert bars[-1].n == pytest.approx(bars[-1].total)
+    assert "left" in bars[-1].fp.getvalue()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Cost
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,9 +477,24 @@ def test_bands_are_one_standard_error_on_either_side():
 
 
 @pytest.mark.parametrize("changes", [[-1.0, -0.5], [0.0, 0.0], [0.001, -1.0]])
-def test_without_boundary_layer_the_message_asks_for_one(changes):
-    with pytest.raises(UserError, match="--internal_layer"):
+def test_without_boundary_layer_the_message_says_why_and_asks_for_one(changes):
+    with pytest.raises(UserError, match="--internal_layer 0 to 1") as error:
         boundary_layer(changes)
+    message = str(error.value)
+    assert f"block {changes.index(max(changes))} with {max(changes):+.3f} nats" in message
+    assert "2% of the largest change" in message
+    assert "\n" not in message
+
+
+def test_the_boundary_that_was_found_is_said_with_its_numbers():
+    """Half a line that names a block cannot be judged: is it far above zero, and the blocks above it far below?"""
+    layers = result_of("a", [2.0, 0.5, -4.0, -0.1])["layers"]
+    line = analyze_entropy.found_layer(1, layers, "dH_ffn", 640)
+    assert "\n" not in line
+    assert "block 1 of 0 to 3" in line
+    assert "+0.500 ±0.300 nats; above it at most -0.100 ±0.300, in block 3; no norm, 640 tokens" in line
+    top = analyze_entropy.found_layer(3, layers, "dH_ffn", 640)
+    assert "above it" not in top
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +574,7 @@ def test_the_problems_looked_at_are_held_out(folders):
     assert result["answer"]["prompt"].endswith(problem.prompt)
 
 
-def test_auto_layer_is_the_boundary_layer_of_the_starting_model(folders, monkeypatch):
+def test_auto_layer_is_the_boundary_layer_of_the_starting_model(folders, monkeypatch, capsys):
     """bupo.py's options are all it needs, and the answer depends on nothing but them; it is part of the training, so
     it looks at no held-out problem."""
     asked = []
@@ -441,6 +589,11 @@ def test_auto_layer_is_the_boundary_layer_of_the_starting_model(folders, monkeyp
     assert len(seen[0]) == 3
     assert seen[0] == seen[1]
     assert asked == ["train", "train"]
+    assert capsys.readouterr().out.count("--internal_layer auto: block 1 of 0 to 2") == 2
+    args.internal_norm = True  # then phase one trains what that lens shows
+    analyze_entropy.auto_layer(args)
+    assert seen[2] != seen[0]
+    assert "final norm applied" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,6 +617,11 @@ def test_a_model_of_another_build_is_refused_by_name(tmp_path):
     for model, name in ((gpt2, "GPT2LMHeadModel"), (phi, "PhiForCausalLM"), (gemma, "Gemma2ForCausalLM")):
         with pytest.raises(UserError, match=name):
             analyze(model, rollouts)
+    model = tiny_model()
+    model.model.norm = torch.nn.LayerNorm(32)
+    model.model.norm.variance_epsilon = 1e-6
+    with pytest.raises(UserError, match="Qwen3ForCausalLM: its final norm is no RMS norm"):
+        analyze(model, rollouts, norm=True)
     gpt2.save_pretrained(tmp_path / "gpt2")
     TOKENIZER.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UserError, match="GPT2LMHeadModel"):
