@@ -485,11 +485,13 @@ def boundary_layer(ffn_entropy_change):
     if not explores:
         most = max(ffn_entropy_change)
         largest = max(ffn_entropy_change, key=abs)
+        nearest = ffn_entropy_change.index(most)
+        strongest = ffn_entropy_change.index(largest)
         raise UserError(
-            f"there is no boundary block: no feed-forward net adds entropy (the best is block "
-            f"{ffn_entropy_change.index(most)} with {most:+.3f} nats; what is below {TOLERANCE:.0%} of the largest "
-            f"change, {largest:+.3f} in block {ffn_entropy_change.index(largest)}, counts as none); choose a block by "
-            f"--internal_layer 0 to {len(ffn_entropy_change) - 1}"
+            "--internal_layer auto: there is no boundary block: no feed-forward net adds entropy (the nearest to it is "
+            f"block {nearest} with {most:+.3f} nats; what is below {TOLERANCE:.0%} of the largest change, {largest:+.3f} "
+            f"in block {strongest}, counts as none); choose a block by --internal_layer 0 to "
+            f"{len(ffn_entropy_change) - 1}"
         )
     return explores[-1]
 
@@ -581,7 +583,10 @@ def found_layer(layer, layers, dH, positions):
     if layer + 1 < len(layers):
         above = max(layers[layer + 1 :], key=lambda here: here[dH])
         line += f"; above it at most {number(above, dH)}, in block {above['layer']}"
-    return line + f"; {lens}, {positions} tokens)"
+    line += f"; {lens}, {positions} tokens)"
+    if layer + 1 == len(layers) and dH.startswith("normed_"):
+        line += "; that is the whole policy, and phase one will be GRPO: better choose a lower block"
+    return line
 
 
 def number(here, name):

@@ -494,7 +494,12 @@ def test_the_boundary_that_was_found_is_said_with_its_numbers():
     assert "block 1 of 0 to 3" in line
     assert "+0.500 ±0.300 nats; above it at most -0.100 ±0.300, in block 3; no norm, 640 tokens" in line
     top = analyze_entropy.found_layer(3, layers, "dH_ffn", 640)
-    assert "above it" not in top
+    assert "above it" not in top and "whole policy" not in top
+    for here in layers:
+        here["normed_dH_ffn"] = here["dH_ffn"]
+        here["standard_error"]["normed_dH_ffn"] = None  # a single answer
+    normed = analyze_entropy.found_layer(3, layers, "normed_dH_ffn", 10)
+    assert "(-0.100 nats; final norm applied, 10 tokens); that is the whole policy" in normed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
