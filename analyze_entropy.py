@@ -489,8 +489,8 @@ def boundary_layer(ffn_entropy_change):
         strongest = ffn_entropy_change.index(largest)
         raise UserError(
             "--internal_layer auto: there is no boundary block: no feed-forward net adds entropy (the nearest to it is "
-            f"block {nearest} with {most:+.3f} nats; what is below {TOLERANCE:.0%} of the largest change, {largest:+.3f} "
-            f"in block {strongest}, counts as none); choose a block by --internal_layer 0 to "
+            f"block {nearest} with {most:+.3f} nats; what is below {TOLERANCE:.0%} of the largest change, "
+            f"{largest:+.3f} in block {strongest}, counts as none); choose a block by --internal_layer 0 to "
             f"{len(ffn_entropy_change) - 1}"
         )
     return explores[-1]

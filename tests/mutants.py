@@ -800,8 +800,8 @@ MUTANTS = [
     ),
     (
         "analyze_entropy.py",
-        "[:, used][:, 1:].bool()",
-        "[:, used][:, :-1].bool()",
+        "predicts = looked_at[:, 1:]",
+        "predicts = looked_at[:, :-1]",
         "test_analyze_entropy.py",
         "every token is measured where it has already been read",
     ),
