@@ -636,7 +636,7 @@ FAULTS = {
     "foreign internal policy": (
         internal_policy_is_foreign,
         "it gives the samples less than e^-10 a token: ratio and gradients rest on tokens that it would never choose, "
-        "as with tied embeddings and no norm; pass --internal_norm true, or a higher --internal_layer",
+        "as with tied embeddings and no norm; pass --internal_norm true, a higher --internal_layer, or both",
     ),
     "entropy collapse": (
         entropy_collapsed,
