@@ -6,21 +6,24 @@ next token. H[x] is the entropy of softmax(x E_u^T) in nats, a mean over complet
     dH_layer = H[S_k] - H[S_(k-1)]                            S_k is the internal layer policy that bupo.py trains
     dH_attn  = H[A_k] - H[norm1_k(S_(k-1))]                   a module against what it read: the stream, normed by
     dH_ffn   = H[F_k] - H[norm2_k(M_k)]                       the block itself
-    KL(pi_k || pi),    argmax pi_k = o_t,    cos(A_k, S_(k-1)),    cos(F_k, M_k)
+    KL(pi_k || pi),    argmax pi_k = o_t or o_(t-1),    cos(A_k, S_(k-1)),    cos(F_k, M_k)
 
 Blocks are 0-based as in the code: block k is the paper's layer k + 1. entropy.json calls S_(k-1), M_k, S_k, A_k and F_k
 resid_pre, resid_mid, resid_post, attn_out and mlp_out, and what the modules read attn_in and mlp_in. Position t is the
 distribution that produced token t; the first completion token and the end token count. --norm adds the same numbers
-with the model's final norm applied to every activation, the usual logit lens; their names start with normed_.
+with the model's final norm applied to every activation, the usual logit lens; their names start with normed_. Every
+mean comes with its standard error (see clustered_mean): tokens of one answer are not independent.
 
     python analyze_entropy.py                                # the embedded model, no GPU, no network: seconds
     python analyze_entropy.py runs/tiny runs/bupo --norm     # before and after training
     python analyze_entropy.py runs/tiny runs/bupo/checkpoint-*
     python analyze_entropy.py Qwen/Qwen3-4B --data math500.jsonl --num_samples 100
+    python analyze_entropy.py HuggingFaceTB/SmolLM2-135M --data words --norm --max_positions 500      # no GPU: minutes
 """
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -70,9 +73,14 @@ CHANGES = {
 # fifty-fold in scale: the paper's figures span +4 to -10 nats for Qwen3-4B and +-0.2 for Llama.
 TOLERANCE = 0.02
 
-# Positions projected at once. On a CPU, a chunk's logits should stay in the caches until its entropy is known; a GPU
-# wants products large enough to be worth reading the head from memory.
+# Positions projected at once: products should be large enough to be worth reading the head from memory. Then positions
+# whose logits become a policy at once: on a CPU so few that they stay in the caches until the entropy is known.
 CHUNK_TOKENS = {"cpu": 128, "cuda": 512}
+SLICE_TOKENS = {"cpu": 16, "cuda": 512}
+
+BAR = "looking inside {percentage:3.0f}% {bar} {remaining} left"
+
+AUTO_POSITIONS = 2048  # token positions that `bupo.py --internal_layer auto` looks at, at most
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a forward pass shows
@@ -149,155 +157,304 @@ def check_sum(model, k, at, before, added, after):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Measurement:
-    """Sums over completion tokens of what is measured, by name and depth: 0 the embedding, k + 1 block k, L + 1 the
-    whole policy. Values are fp32, sums fp64. A lens is '' (the activation as it is) or 'normed_' (final norm applied).
+class Lens:
+    """A way to show states x [n, D] to the head: logits = factor(x) E_u (weight * x), at the temperature.
+
+    As they are, the weight is 1 and the factor 1 / temperature. `normed_`: the weight is the final norm's, and the
+    factor also divides by the root mean square of x. Either way E_u (weight * x), here called the product, is linear in
+    x: that of the stream is the running sum of those of its parts. A factor is one number a position and comes last.
+
+    Two lenses share no product: every coordinate of x has its own weight, so neither can be had from the other.
     """
 
-    def __init__(self, model, temperature, norm):
+    def __init__(self, name, model, temperature):
+        self.name = name
+        self.model = model
+        self.temperature = temperature
+        self.norm = backbone_of(model).norm if name == "normed_" else None
+        if self.norm is not None:
+            self.check_norm()
+
+    def check_norm(self):
+        """Raise UserError unless the final norm is the one that `product` and `factor` assume."""
+        states = torch.linspace(-1, 2, self.model.config.hidden_size, device=self.model.device, dtype=self.model.dtype)
+        expected = self.norm(states[None])
+        if not torch.allclose(self.weighted(states) * self.rms_factor(states), expected.float(), rtol=0.02, atol=1e-3):
+            name = type(self.model).__name__
+            raise UserError(f"{name}: its final norm is no RMS norm; use a Qwen2-, Qwen3- or Llama-like model")
+
+    def weighted(self, states):
+        return states * self.norm.weight
+
+    def rms_factor(self, states):
+        mean_square = states.float().square().mean(-1, keepdim=True)
+        return torch.rsqrt(mean_square + self.norm.variance_epsilon)
+
+    def product(self, states):
+        """[n, D] -> [n, V], linear in the states."""
+        if self.norm is not None:
+            states = self.weighted(states)
+        return common.head_logits(self.model, states)
+
+    def factor(self, states):
+        """[n, D] -> [n, 1]."""
+        if self.norm is None:
+            return torch.full((len(states), 1), 1 / self.temperature, device=states.device)
+        return self.rms_factor(states) / self.temperature
+
+
+def policy(logits):
+    """[n, V] -> (probabilities [n, V], entropy [n]). Overwrites the logits."""
+    logits -= logits.amax(-1, keepdim=True)
+    p = logits.softmax(-1)
+    # log p = logit + log p_top, since the top logit is 0 now: half the time of log_softmax and exp, which shows beside
+    # the head's product. Both terms have the same sign, so nothing cancels.
+    log_p_top = p.amax(-1).log()
+    entropy = -(log_p_top + logits.mul_(p).sum(-1))
+    return p, entropy
+
+
+@dataclasses.dataclass
+class Positions:
+    """N token positions that are looked at; every field is [N]."""
+
+    answers: torch.Tensor  # the row of rollouts that a position belongs to
+    counted: torch.Tensor  # True where it counts for the means: else only the heat map wants it
+    targets: torch.Tensor  # the token that was sampled there
+    inputs: torch.Tensor  # the token before, the newest that the model has read
+
+    def __getitem__(self, piece):
+        return Positions(self.answers[piece], self.counted[piece], self.targets[piece], self.inputs[piece])
+
+
+class Measurement:
+    """Sums over each answer's tokens of what is measured, by name and depth: 0 the embedding, k + 1 block k, L + 1 the
+    whole policy. Values are fp32, sums fp64.
+    """
+
+    def __init__(self, model, temperature, norm, answers, heat_answer, bar):
         self.model = model
         self.temperature = temperature
         self.blocks = blocks_of(model)
         self.depths = len(self.blocks) + 2
-        self.final_norm = backbone_of(model).norm
-        self.lenses = ["", "normed_"] if norm else [""]
+        names = ["", "normed_"] if norm else [""]
+        self.lenses = [Lens(name, model, temperature) for name in names]
         self.chunk = CHUNK_TOKENS[model.device.type]
+        self.slice = SLICE_TOKENS[model.device.type]
+        self.heat_answer = heat_answer
+        self.bar = bar
+        self.tokens = torch.zeros(answers, dtype=torch.float64, device=model.device)  # that count, of each answer
         self.sums = defaultdict(self.zeros)
-        self.heat = {}  # lens -> entropy and top token of one answer, [depths][T]
-        for lens in self.lenses:
-            self.heat[lens] = dict(entropy=self.rows(), top=self.rows())
+        self.heat = {}  # name of a lens -> entropy and top token of one answer, [depths][T]
+        for name in names:
+            self.heat[name] = dict(entropy=self.rows(), top=self.rows())
 
     def zeros(self):
-        return torch.zeros(self.depths, dtype=torch.float64, device=self.model.device)
+        return torch.zeros(self.depths, len(self.tokens), dtype=torch.float64, device=self.model.device)
 
     def rows(self):
         return [[] for _ in range(self.depths)]
 
-    def add(self, name, depth, values):
-        self.sums[name][depth] += values.sum(dtype=torch.float64)
+    def add(self, name, depth, positions, values):
+        """Add what was measured at each position to the sum of its answer, where it counts."""
+        values = values.double() * positions.counted
+        self.sums[name][depth].index_add_(0, positions.answers, values)
 
-    def see(self, lens, states):
-        """States [n, D] as a lens shows them to the head."""
-        if lens == "normed_":
-            return self.final_norm(states)
-        return states
+    def entropy(self, product, factor):
+        """A lens's product [n, V] and factor [n, 1] -> entropy [n]."""
+        found = []
+        for rows, factors in zip(product.split(self.slice), factor.split(self.slice)):
+            _, entropy = policy(rows * factors)
+            found.append(entropy)
+        return torch.cat(found)
 
-    def logits(self, states):
-        """[n, D] -> fp32 logits [n, V] at the temperature."""
-        return common.head_logits(self.model, states).div_(self.temperature)
+    def add_policy(self, lens, depth, positions, product, factor, final_logps):
+        """The policy of the stream at one depth, against the whole policy and the tokens around it."""
+        found = []
+        for rows, factors, final in zip(*(x.split(self.slice) for x in (product, factor, final_logps))):
+            p, entropy = policy(rows * factors)
+            top = p.argmax(-1)
+            cross = p.mul_(final).sum(-1)
+            found.append((entropy, -entropy - cross, top))
+        entropy, kl, top = common.concatenate(found)
+        self.add(f"{lens.name}entropy_resid_post", depth, positions, entropy)
+        self.add(f"{lens.name}kl_to_final", depth, positions, kl)
+        self.add(f"{lens.name}top_is_sampled", depth, positions, top == positions.targets)
+        self.add(f"{lens.name}top_is_input", depth, positions, top == positions.inputs)
+        shown = positions.answers == self.heat_answer
+        self.heat[lens.name]["entropy"][depth] += entropy[shown].tolist()
+        self.heat[lens.name]["top"][depth] += top[shown].tolist()
 
-    def policy(self, states):
-        """[n, D] -> (probabilities [n, V], entropy [n]) of the policy that these states make."""
-        z = self.logits(states)
-        z -= z.amax(-1, keepdim=True)
-        p = z.softmax(-1)
-        # log p = z + log p_top, since the top logit is 0 now: half the time of log_softmax and exp, which shows beside
-        # the head's product. Both terms have the same sign, so nothing cancels.
-        log_p_top = p.amax(-1).log()
-        entropy = -(log_p_top + z.mul_(p).sum(-1))
-        return p, entropy
+    def add_block(self, lens, k, positions, at, stream, final_logps):
+        """Entropies of what block k reads, adds and leaves. `stream` [n, V], its product, grows by what it adds."""
+        for read, added, after in (("attn_in", "attn_out", "resid_mid"), ("mlp_in", "mlp_out", "resid_post")):
+            factor = lens.factor(at[read])
+            self.add(f"{lens.name}entropy_{read}", k + 1, positions, self.entropy(lens.product(at[read]), factor))
+            part = lens.product(at[added])
+            self.add(f"{lens.name}entropy_{added}", k + 1, positions, self.entropy(part, lens.factor(at[added])))
+            stream += part
+            if after == "resid_mid":
+                entropy = self.entropy(stream, lens.factor(at[after]))
+                self.add(f"{lens.name}entropy_{after}", k + 1, positions, entropy)
+        top_of_stream = k + 1 == len(self.blocks)
+        if not (top_of_stream and lens.norm is not None):  # that is the whole policy, which `add_all` adds
+            self.add_policy(lens, k + 1, positions, stream, lens.factor(at["resid_post"]), final_logps)
 
-    def measure_modules(self, k, at):
-        """What the two modules of block k read and add: directions and entropies, sums only."""
-        for before, added, after in (("resid_pre", "attn_out", "resid_mid"), ("resid_mid", "mlp_out", "resid_post")):
-            check_sum(self.model, k, at, before, added, after)
-            cosine = F.cosine_similarity(at[added].float(), at[before].float(), dim=-1)
-            self.add(f"cosine_{added}", k + 1, cosine)
-        for label in ("attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out"):
-            for states in at[label].split(self.chunk):
-                for lens in self.lenses:
-                    _, entropy = self.policy(self.see(lens, states))
-                    self.add(f"{lens}entropy_{label}", k + 1, entropy)
-
-    def measure_stream(self, stream, targets, shown):
-        """The policies of the stream at every depth, against the whole policy and the tokens that were sampled.
-
-        stream: L + 1 states [N, D], the embedding, then after block 0, 1, ..., L-1. targets [N]: the sampled tokens.
-        shown [N]: True where a token belongs to the answer of the heat map.
-        """
+    def add_all(self, positions, embedding, blocks):
+        """Everything at some positions. embedding [n, D]; blocks: for each block, label -> [n, D]."""
         top_of_stream = len(self.blocks)  # the depth of the last block
-        for piece in torch.arange(len(targets), device=targets.device).split(self.chunk):
-            final_logps = F.log_softmax(self.logits(self.final_norm(stream[top_of_stream][piece])), dim=-1)  # [n, V]
-            final_p = final_logps.exp()
-            final_entropy = -(final_p * final_logps).sum(-1)
-            for depth, lens in itertools.product(range(self.depths), self.lenses):
-                is_whole_policy = depth > top_of_stream or (depth == top_of_stream and lens == "normed_")
-                if is_whole_policy:
-                    p = final_p
-                    entropy = final_entropy
-                else:
-                    p, entropy = self.policy(self.see(lens, stream[depth][piece]))
-                top = p.argmax(-1)
-                self.add(f"{lens}entropy_resid_post", depth, entropy)
-                self.add(f"{lens}kl_to_final", depth, -entropy - (p * final_logps).sum(-1))
-                self.add(f"{lens}top_is_sampled", depth, top == targets[piece])
-                self.heat[lens]["entropy"][depth] += entropy[shown[piece]].tolist()
-                self.heat[lens]["top"][depth] += top[shown[piece]].tolist()
+        final = backbone_of(self.model).norm(blocks[-1]["resid_post"])
+        final_logits = common.head_logits(self.model, final)
+        ones = torch.full((len(final), 1), 1 / self.temperature, device=final.device)
+        final_logps = F.log_softmax(final_logits * ones, dim=-1)  # [n, V]
+        for lens in self.lenses:
+            stream = lens.product(embedding)
+            self.add_policy(lens, 0, positions, stream, lens.factor(embedding), final_logps)
+            for k, at in enumerate(blocks):
+                self.add_block(lens, k, positions, at, stream, final_logps)
+                self.bar.update(len(final) / (len(self.blocks) * len(self.lenses)))
+            if lens.norm is not None:
+                self.add_policy(lens, top_of_stream, positions, final_logits, ones, final_logps)
+            self.add_policy(lens, top_of_stream + 1, positions, final_logits, ones, final_logps)
 
-    def measure_batch(self, rollouts, rows, answer):
-        """One forward pass over some rows of rollouts; `answer` is the row of the heat map."""
+    def measure_batch(self, rollouts, rows, counted):
+        """One forward pass over some rows of rollouts. counted [B, T]: True at the tokens that count for the means."""
         used = rollouts.attention_mask[rows].any(0)  # columns that hold a token, whichever side is padded
         ids = rollouts.ids[rows][:, used]
         attention_mask = rollouts.attention_mask[rows][:, used]
-        predicts = rollouts.mask[rows][:, used][:, 1:].bool()  # column t of the states predicts token t + 1
-        targets = ids[:, 1:][predicts]  # [N] the predicted tokens
-        row_of_token = torch.tensor(rows, device=ids.device)[predicts.nonzero()[:, 0]]  # [N]
-        stream = []  # L + 1 states [N, D]
+        answers = torch.tensor(rows, device=ids.device)[:, None].expand(ids.shape)
+        counted = counted[rows][:, used]
+        looked_at = counted | (rollouts.mask[rows][:, used].bool() & (answers == self.heat_answer))
+        predicts = looked_at[:, 1:]  # column t of the states predicts token t + 1
+        positions = Positions(
+            answers=answers[:, 1:][predicts],
+            counted=counted[:, 1:][predicts],
+            targets=ids[:, 1:][predicts],
+            inputs=ids[:, :-1][predicts],
+        )
+        self.tokens.index_add_(0, positions.answers, positions.counted.double())
+        blocks = []
 
         def visit(k, at):
-            if k == 0:
-                stream.append(at["resid_pre"])
-            self.measure_modules(k, at)
-            stream.append(at["resid_post"])
+            sums = (("resid_pre", "attn_out", "resid_mid"), ("resid_mid", "mlp_out", "resid_post"))
+            for before, added, after in sums:
+                check_sum(self.model, k, at, before, added, after)
+                cosine = F.cosine_similarity(at[added].float(), at[before].float(), dim=-1)
+                self.add(f"cosine_{added}", k + 1, positions, cosine)
+            blocks.append(dict(at))
+            if k > 0:
+                del blocks[k]["resid_pre"]  # the block below has left the same
 
         with watch(self.blocks, predicts.flatten().nonzero()[:, 0], visit):
             common.hidden_states(self.model, ids[:, :-1], attention_mask[:, :-1])
-        self.measure_stream(stream, targets, shown=row_of_token == answer)
+        embedding = blocks[0]["resid_pre"]
+        for piece in torch.arange(len(embedding), device=ids.device).split(self.chunk):
+            parts = []
+            for at in blocks:
+                parts.append({label: states[piece] for label, states in at.items()})
+            self.add_all(positions[piece], embedding[piece], parts)
 
-    def layers(self, tokens):
-        """Means over all tokens: a dict of floats per block."""
-        mean = {name: (total / tokens).tolist() for name, total in self.sums.items()}
-        layers = []
-        for k in range(len(self.blocks)):
-            here = {"layer": k}
-            for name, values in mean.items():
-                here[name] = values[k + 1]
-            layers.append(here)
+    def means(self):
+        """-> (mean, standard error): for each name a list over depths. Differences, too, with errors of their own."""
         for lens in self.lenses:
-            for k, here in enumerate(layers):
-                # What a block reads is what the block below has left: one depth lower.
-                here[f"{lens}entropy_resid_pre"] = mean[f"{lens}entropy_resid_post"][k]
-                for change, (after, before) in CHANGES.items():
-                    difference = here[f"{lens}entropy_{after}"] - here[f"{lens}entropy_{before}"]
-                    here[f"{lens}dH_{change}"] = difference
-        return layers
+            # What a block reads is what the block below has left: one depth lower.
+            self.sums[f"{lens.name}entropy_resid_pre"] = self.sums[f"{lens.name}entropy_resid_post"].roll(1, 0)
+            for change, (after, before) in CHANGES.items():
+                difference = self.sums[f"{lens.name}entropy_{after}"] - self.sums[f"{lens.name}entropy_{before}"]
+                self.sums[f"{lens.name}dH_{change}"] = difference
+        means = {}
+        errors = {}
+        for name, sums in self.sums.items():
+            mean, error = clustered_mean(sums, self.tokens)
+            means[name] = mean.tolist()
+            errors[name] = None if error is None else error.tolist()
+        return means, errors
+
+
+def clustered_mean(sums, counts):
+    """Mean over tokens that come in clusters, the answers, and its standard error.
+
+    sums [..., A]: of a quantity over each answer's tokens; counts [A]: how many tokens these are. With s_i and n_i of
+    answer i, n = sum_i n_i, and A the number of answers that have a token:
+
+        mean = sum_i s_i / n,    error = sqrt(A / (A - 1) * sum_i (s_i - mean n_i)^2) / n
+
+    Tokens of one answer are not independent, answers are: as if all tokens were, the error would be too small. ->
+    (mean [...], error [...]); the error is None for a single answer.
+    """
+    n = counts.sum()
+    answers = (counts > 0).sum()
+    mean = sums.sum(-1) / n
+    if answers < 2:
+        return mean, None
+    residuals = sums - mean[..., None] * counts
+    variance = residuals.square().sum(-1) * answers / (answers - 1)
+    return mean, variance.sqrt() / n
+
+
+def at_depth(means, errors, depth):
+    """What `Measurement.means` has found at one depth: name -> mean, and under 'standard_error' name -> error."""
+    here = {name: values[depth] for name, values in means.items()}
+    here["standard_error"] = {name: values and values[depth] for name, values in errors.items()}
+    return here
+
+
+def choose_positions(mask, max_positions, seed):
+    """mask [B, T] -> [B, T], True at the tokens to measure: all of them, or max_positions drawn at random."""
+    chosen = mask.bool()
+    tokens = chosen.flatten().nonzero()[:, 0]
+    if not 0 < max_positions < len(tokens):
+        return chosen
+    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:max_positions]
+    chosen = torch.zeros_like(chosen)
+    chosen.view(-1)[tokens[drawn.to(mask.device)]] = True
+    return chosen
 
 
 @torch.no_grad()
-def analyze(model, rollouts, temperature=1.0, norm=False, micro_batch_tokens=2**17, answer=0):
-    """Measure every internal policy, softmax(logits / temperature), on the completion tokens of rollouts: token means.
+def analyze(
+    model,
+    rollouts,
+    temperature=1.0,
+    norm=False,
+    micro_batch_tokens=2**15,
+    answer=0,
+    max_positions=0,
+    seed=0,
+):
+    """Measure every internal policy, softmax(logits / temperature), on the completion tokens of rollouts, or on
+    max_positions of them: token means, and their standard errors, clustered by answer.
 
-    -> dict: tokens; final_entropy and final_top_is_sampled, of the whole policy; layers: a dict of floats per block;
-    heat: for each lens, '' and with `norm` 'normed_', entropy and top token id, [L + 2][T], of row `answer` of
-    rollouts: under the embedding, after blocks 0 to L-1, under the whole policy.
+    -> dict: tokens; positions, how many of them were measured; final_entropy and final_top_is_sampled, of the whole
+    policy; layers: a dict of floats per block; heat: for each lens, '' and with `norm` 'normed_', entropy and top token
+    id, [L + 2][T], of row `answer` of rollouts: under the embedding, after blocks 0 to L-1, under the whole policy.
 
-    One forward pass per batch, each activation projected once. What a module reads and adds is reduced to sums behind
-    its own block. The stream after a block has to wait for the end of the pass: its KL needs the whole policy, which
-    comes last. (A second pass would spare the L + 1 states a token, for the price of the blocks.) So a batch holds
-    micro_batch_tokens / L tokens, at least one answer, and the peak grows neither with the depth nor with the samples.
+    One forward pass per batch. Against the head's products it costs next to nothing where the vocabulary is large, so
+    these are what is saved: 4 a block and lens, of what its modules read and add (see Lens). The KL needs the whole
+    policy, which comes last, and everything waits for it. So a batch holds micro_batch_tokens / L tokens, at least one
+    answer, and the peak grows neither with the depth nor with the samples.
     """
-    measurement = Measurement(model, temperature, norm)
-    budget = micro_batch_tokens // len(measurement.blocks)
-    batches = common.micro_batches(rollouts, range(len(rollouts.ids)), budget)
-    for rows in tqdm(batches, desc="forward passes", leave=False, disable=None):  # silent in a log file
-        measurement.measure_batch(rollouts, rows, answer)
-    tokens = rollouts.mask.sum()
-    whole_policy = {name: (total[-1] / tokens).item() for name, total in measurement.sums.items()}
+    counted = choose_positions(rollouts.mask, max_positions, seed)
+    rows = [row for row, wanted in enumerate(counted.any(1).tolist()) if wanted or row == answer]
+    batches = common.micro_batches(rollouts, rows, micro_batch_tokens // len(blocks_of(model)))
+    looked_at = counted.sum() + (rollouts.mask[answer].bool() & ~counted[answer]).sum()
+    with tqdm(total=int(looked_at), bar_format=BAR, leave=False, disable=None) as bar:  # silent in a log file
+        measurement = Measurement(model, temperature, norm, len(rollouts.ids), answer, bar)
+        for batch in batches:
+            measurement.measure_batch(rollouts, batch, counted)
+    means, errors = measurement.means()
+    whole = at_depth(means, errors, -1)
+    layers = []
+    for k in range(len(measurement.blocks)):
+        layers.append({"layer": k, **at_depth(means, errors, k + 1)})
+    final = {"final_entropy": "entropy_resid_post"}
+    final |= {f"final_{name}": name for name in ("top_is_sampled", "top_is_input")}
     return dict(
-        tokens=int(tokens),
-        final_entropy=whole_policy["entropy_resid_post"],
-        final_top_is_sampled=whole_policy["top_is_sampled"],
-        layers=measurement.layers(tokens),
+        tokens=int(rollouts.mask.sum()),
+        positions=int(counted.sum()),
+        **{name: whole[source] for name, source in final.items()},
+        standard_error={name: whole["standard_error"][source] for name, source in final.items()},
+        layers=layers,
         heat=measurement.heat,
     )
 
@@ -323,10 +480,19 @@ def stages(ffn_entropy_change):
 
 def boundary_layer(ffn_entropy_change):
     """dH_ffn of every block -> the last block, 0-based, whose FFN adds entropy, by more than the tolerance of `stages`:
-    the one that the paper trains first. Raises UserError if there is none."""
+    the one that the paper trains first. Raises UserError, with the numbers it rests on, if there is none."""
     explores = [k for k, stage in enumerate(stages(ffn_entropy_change)) if stage == "exploration"]
     if not explores:
-        raise UserError("no block's FFN adds entropy, so there is no boundary layer; choose one by --internal_layer")
+        most = max(ffn_entropy_change)
+        largest = max(ffn_entropy_change, key=abs)
+        nearest = ffn_entropy_change.index(most)
+        strongest = ffn_entropy_change.index(largest)
+        raise UserError(
+            "--internal_layer auto: there is no boundary block: no feed-forward net adds entropy (the nearest to it is "
+            f"block {nearest} with {most:+.3f} nats; what is below {TOLERANCE:.0%} of the largest change, "
+            f"{largest:+.3f} in block {strongest}, counts as none); choose a block by --internal_layer 0 to "
+            f"{len(ffn_entropy_change) - 1}"
+        )
     return explores[-1]
 
 
@@ -385,17 +551,48 @@ def read_completion(tokenizer, where, row):
 
 
 def auto_layer(args):
-    """For `bupo.py --internal_layer auto`: the boundary layer of --model on 64 training problems, with bupo's options.
+    """For `bupo.py --internal_layer auto`: the boundary layer of --model on 64 training problems, with bupo's options,
+    under the lens that phase one trains. Raises UserError if there is none.
 
     Measured on the starting model, also when a run resumes, so that it finds the same block.
     """
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     problems = tasks.load_problems(args.data, "train", 64, args.system_prompt)
     rollouts = sample_answers(model, tokenizer, problems, args)
-    layers = analyze(model, rollouts, args.temperature, micro_batch_tokens=args.micro_batch_tokens)["layers"]
-    layer = boundary_layer([here["dH_ffn"] for here in layers])
-    print(f"--internal_layer auto: block {layer} of 0 to {len(layers) - 1}, the last whose FFN adds entropy")
+    measured = analyze(
+        model,
+        rollouts,
+        args.temperature,
+        norm=args.internal_norm,
+        micro_batch_tokens=args.micro_batch_tokens,
+        max_positions=AUTO_POSITIONS,
+        seed=bookkeeping.step_seed(args.seed, "positions"),
+    )
+    dH = "normed_dH_ffn" if args.internal_norm else "dH_ffn"
+    layers = measured["layers"]
+    layer = boundary_layer([here[dH] for here in layers])
+    print(found_layer(layer, layers, dH, measured["positions"]))
     return layer
+
+
+def found_layer(layer, layers, dH, positions):
+    """One line: which block is the boundary, and the numbers that this rests on. dH: name of the change."""
+    lens = "final norm applied" if dH.startswith("normed_") else "no norm"
+    line = f"--internal_layer auto: block {layer} of 0 to {len(layers) - 1}, the last whose feed-forward net adds "
+    line += f"entropy ({number(layers[layer], dH)} nats"
+    if layer + 1 < len(layers):
+        above = max(layers[layer + 1 :], key=lambda here: here[dH])
+        line += f"; above it at most {number(above, dH)}, in block {above['layer']}"
+    line += f"; {lens}, {positions} tokens)"
+    if layer + 1 == len(layers) and dH.startswith("normed_"):
+        line += "; that is the whole policy, and phase one will be GRPO: better choose a lower block"
+    return line
+
+
+def number(here, name):
+    """A change and its standard error, as text."""
+    error = here["standard_error"][name]
+    return f"{here[name]:+.3f}" if error is None else f"{here[name]:+.3f} ±{error:.3f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,25 +606,48 @@ COLUMNS = {
     "dH ffn": "dH_ffn",
     "KL": "kl_to_final",
     "top=sampled": "top_is_sampled",
+    "top=input": "top_is_input",
     "cos attn": "cosine_attn_out",
     "cos ffn": "cosine_mlp_out",
 }
 
 
+WHOLE_COLUMNS = {  # those that the whole policy has
+    "entropy_resid_post": "final_entropy",
+    "top_is_sampled": "final_top_is_sampled",
+    "top_is_input": "final_top_is_input",
+}
+
+
 def table(result):
-    """The numbers of one model as text, one line per block."""
+    """The numbers of one model as text, one line per block, and below each its standard errors."""
     counts = f"{result['tokens']} tokens, {result['answers']} answers"
+    if result["positions"] < result["tokens"]:
+        counts += f", of which {result['positions']} tokens at random were measured"
     lines = [f"{result['model']}: {counts}, ln|V| {result['ln_vocab']:.2f}"]
     lines.append("block" + "".join(f"{title:>12}" for title in COLUMNS) + "  stage")
     for here in result["layers"]:
-        cells = "".join(f"{here[name]:12.3f}" for name in COLUMNS.values())
         stage = here["stage"]
         if here["layer"] == result["boundary_layer"]:
             stage += ", boundary layer"
-        lines.append(f"{here['layer']:5d}{cells}  {stage}")
-    between = " " * 48  # the four columns that the whole policy does not have
-    lines.append(f"whole{result['final_entropy']:12.3f}{between}{result['final_top_is_sampled']:12.3f}")
+        lines += two_lines(f"{here['layer']:5d}", here, COLUMNS.values(), f"  {stage}")
+    lines += two_lines("whole", result, [WHOLE_COLUMNS.get(name) for name in COLUMNS.values()])
     return "\n".join(lines)
+
+
+def two_lines(label, here, names, behind=""):
+    """A line of numbers, and one of their standard errors. A name that is None leaves its column empty."""
+    values = label
+    errors = "    ±"
+    for name in names:
+        values += cell(here.get(name))
+        errors += cell(here["standard_error"].get(name))
+    return [(values + behind).rstrip(), errors.rstrip()]
+
+
+def cell(value):
+    """A number in 12 columns; blanks for None."""
+    return " " * 12 if value is None else f"{value:12.3f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,6 +693,7 @@ def draw_flow(results):
     first = axes[0][0]
     first.plot([], [], "k*", markersize=11, label="whole policy")
     first.plot([], [], "ko", fillstyle="none", linestyle="", label="embedding, before block 0")
+    first.fill_between([], [], color="black", alpha=0.3, linewidth=0, label="± one standard error")
     top = max(result["ln_vocab"] for result in results)
     first.set(ylabel="entropy (nats per token)", ylim=(-0.05 * top, 1.12 * top))
     figures.legend_below(figure, first, 5)
@@ -485,11 +706,24 @@ def draw_policy(axis, results, lens, label):
         style = model_style(i, len(results))
         values = [here[f"{lens}entropy_{label}"] for here in result["layers"]]
         axis.plot(values, **style, label=result["model"])
+        band(axis, values, errors_of(result["layers"], f"{lens}entropy_{label}"), style["color"])
         if label == "resid_post":
             embedding = result["layers"][0][f"{lens}entropy_resid_pre"]
             axis.plot([-1], [embedding], **style, fillstyle="none")
             star = style | dict(marker="*", markersize=13)
             axis.plot([len(values)], [result["final_entropy"]], **star)
+
+
+def errors_of(layers, name):
+    """Standard error of a number in every block; 0 where there is none, for a single answer."""
+    return [here["standard_error"][name] or 0.0 for here in layers]
+
+
+def band(axis, values, errors, color):
+    """Shade one standard error on either side of a curve over the blocks."""
+    low = [value - error for value, error in zip(values, errors)]
+    high = [value + error for value, error in zip(values, errors)]
+    axis.fill_between(range(len(values)), low, high, color=color, alpha=0.3, linewidth=0)
 
 
 def draw_ceilings(axis, results, middle):
@@ -521,9 +755,11 @@ def draw_changes(results):
         ffn = [here["dH_ffn"] for here in layers]
         axis.plot(attn, "o--", color="0.35", fillstyle="none", label="attention: H[A_k] - H[what it read]")
         axis.plot(ffn, "ks-", label="feed-forward: H[F_k] - H[what it read]")
+        band(axis, attn, errors_of(layers, "dH_attn"), "0.35")
+        band(axis, ffn, errors_of(layers, "dH_ffn"), "black")
         mark_boundary(axis, result["boundary_layer"], len(layers))
         limits = (-0.5, len(layers) - 0.5)
-        over_blocks(axis, len(layers), title=result["model"], ylabel="entropy change (nats)", xlim=limits)
+        over_blocks(axis, len(layers), title=result["model"], ylabel="entropy change (nats, ± s.e.)", xlim=limits)
     shades = [Patch(facecolor=shade, edgecolor="0.6", label=f"{name} (by FFN)") for name, shade in SHADES.items()]
     curves = axis.lines[1:3]
     figure.legend(handles=[*curves, *shades], loc="outside lower center", ncols=3, fontsize=9)
@@ -590,16 +826,21 @@ def spell_cells(axis, heat, tokens, ceiling):
 
 
 def draw_training(start, later):
-    """What training changed: entropy after every block, dH_attn and dH_ffn of later models, minus the start's."""
+    """What training changed: entropy after every block, dH_attn and dH_ffn of later models, minus the start's. Bands
+    take the answers of two models as independent: sqrt(error_1^2 + error_2^2)."""
     titles = {"entropy_resid_post": "entropy after block k", "dH_attn": "dH_attn", "dH_ffn": "dH_ffn"}
     figure, axes = figures.panels(1, 3, 12, 4)
     for axis, (name, title) in zip(axes[0], titles.items()):
         for i, result in enumerate(later):
             values = [after[name] - before[name] for after, before in zip(result["layers"], start["layers"])]
-            axis.plot(values, **model_style(i, len(later)), label=result["model"])
+            pairs = zip(errors_of(result["layers"], name), errors_of(start["layers"], name))
+            errors = [math.hypot(*pair) for pair in pairs]
+            style = model_style(i, len(later))
+            axis.plot(values, **style, label=result["model"])
+            band(axis, values, errors, style["color"])
         axis.axhline(0, color="black", linewidth=1)
         over_blocks(axis, len(start["layers"]), title=f"change of {title}")
-    axes[0][0].set_ylabel(f"minus {start['model']} (nats per token)")
+    axes[0][0].set_ylabel(f"minus {start['model']} (nats per token, ± s.e.)")
     figures.legend_below(figure, axes[0][0], 5)
     return figure
 
@@ -623,9 +864,10 @@ def parse(argv=None):
     source.add_argument("--completions", help="look at these answers instead: .jsonl with 'problem' and 'text'")
     add("--num_samples", type=int, default=64, help="problems, the first so many, one answer each")
     add("--norm", action="store_true", help="also with the final norm applied to every activation: the logit lens")
+    add("--max_positions", type=int, default=0, help="token positions measured, drawn at random by --seed; 0: all")
     add("--answer", type=int, default=0, help="which answer the heat map shows, from 0")
     add("--output_dir", default="runs/entropy", help="folder of entropy.json and the figures")
-    add("--micro_batch_tokens", type=int, default=2**17, help="tokens x blocks per forward pass: bounds activations")
+    add("--micro_batch_tokens", type=int, default=2**15, help="tokens x blocks per forward pass: bounds activations")
     add_shared_options(parser, SHARED)
     words = sys.argv[1:] if argv is None else argv
     models = parser.parse_known_args(without_help(words))[0].models
@@ -633,7 +875,7 @@ def parse(argv=None):
         parser.set_defaults(**EMBEDDED)
     args = parser.parse_args(words)
     check_shared_options(args, (*SHARED, "micro_batch_tokens"))
-    for name, low in (("num_samples", 1), ("answer", 0)):
+    for name, low in (("num_samples", 1), ("max_positions", 0), ("answer", 0)):
         value = getattr(args, name)
         if value < low:
             parser.error(f"--{name} {value}: must be {low} or more")
@@ -653,7 +895,16 @@ def look_at(path, args):
         rollouts = sample_answers(model, tokenizer, problems, args)
     if args.answer >= len(rollouts.ids):
         raise UserError(f"--answer {args.answer}: there are answers 0 to {len(rollouts.ids) - 1}")
-    measured = analyze(model, rollouts, args.temperature, args.norm, args.micro_batch_tokens, args.answer)
+    measured = analyze(
+        model,
+        rollouts,
+        args.temperature,
+        args.norm,
+        args.micro_batch_tokens,
+        args.answer,
+        args.max_positions,
+        seed=bookkeeping.step_seed(args.seed, "positions"),
+    )
     layers = measured["layers"]
     ffn = [here["dH_ffn"] for here in layers]
     for here, stage in zip(layers, stages(ffn)):
@@ -666,11 +917,8 @@ def look_at(path, args):
         answers=len(rollouts.ids),
         ln_vocab=math.log(model.get_output_embeddings().weight.shape[0]),
         boundary_layer=boundary,
-        answer=shown_answer(tokenizer, rollouts, args.answer, measured["heat"]),
-        tokens=measured["tokens"],
-        final_entropy=measured["final_entropy"],
-        final_top_is_sampled=measured["final_top_is_sampled"],
-        layers=layers,
+        answer=shown_answer(tokenizer, rollouts, args.answer, measured.pop("heat")),
+        **measured,
     )
 
 

@@ -607,6 +607,11 @@ def sampler_and_trainer_disagree(metrics):
     return gap is not None and gap > 0.05  # nats per token; rounding in bf16 gives about 0.01
 
 
+def internal_policy_is_foreign(metrics):
+    logp = metrics.get("trained_logp")  # None where no token was trained
+    return metrics.get("phase") == "internal" and logp is not None and logp < -10
+
+
 def entropy_collapsed(metrics):
     return metrics.get("entropy", 1) < 1e-3
 
@@ -637,6 +642,11 @@ FAULTS = {
     "log-prob gap": (
         sampler_and_trainer_disagree,
         "sampler and trainer disagree: what is trained is not what was sampled; try --dtype float32",
+    ),
+    "foreign internal policy": (
+        internal_policy_is_foreign,
+        "it gives the samples less than e^-10 a token: ratio and gradients rest on tokens that it would never choose, "
+        "as with tied embeddings and no norm; pass --internal_norm true, a higher --internal_layer, or both",
     ),
     "entropy collapse": (
         entropy_collapsed,

@@ -184,7 +184,7 @@ def main(args):
         run.lap("old_logps")
 
         # 3. One optimizer step per mini-batch of whole groups.
-        sums = Counter(tokens=0, trained_entropy=0.0, clip_share=0.0)
+        sums = Counter(tokens=0, trained_entropy=0.0, trained_logp=0.0, clip_share=0.0)
         for minibatch, batches in zip(minibatches, micro_batches):
             tokens = rollouts.mask[minibatch].sum()  # the normaliser, known before the first backward
             for rows in batches:
@@ -201,6 +201,7 @@ def main(args):
                 (token_sum / tokens).backward()
                 sums.update(metrics)
                 sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
+                sums.update(trained_logp=(old_logps[rows] * mask).sum().item())
             if batches:
                 optimizer.step()
         run.lap("update")

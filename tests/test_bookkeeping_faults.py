@@ -5,6 +5,7 @@ import torch
 from helpers import arguments, read_jsonl, write_jsonl
 
 import bookkeeping
+import bupo
 import common
 import grpo
 import sft
@@ -47,6 +48,17 @@ def entropy_collapse(patch, data, folder):
     return {}
 
 
+def foreign_internal_policy(patch, data, folder):
+    """Block 0 of a model whose embedding is long: its favourite is the token it has just read, by far."""
+    real_states = common.hidden_states
+
+    def hidden_states(*args):
+        return real_states(*args) * (1.0 if args[3:4] in ((), (None,)) else 50.0)
+
+    patch.setattr(common, "hidden_states", hidden_states)
+    return dict(internal_layer=0, internal_steps=2, max_steps=3)
+
+
 def vanishing_updates(patch, data, folder):
     return dict(learning_rate=1e-12)
 
@@ -68,6 +80,7 @@ FAULTS = {
     "all truncated": all_truncated,
     "log-prob gap": log_prob_gap,
     "entropy collapse": entropy_collapse,
+    "foreign internal policy": foreign_internal_policy,
     "vanishing updates": vanishing_updates,
     "non-finite gradient": nonfinite_gradient,
 }
@@ -76,10 +89,11 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_named_once_and_again_at_the_end(fault, model_folder, data, monkeypatch, tmp_path, capsys):
     """A curve that stays flat for a night, and nothing on the screen says why."""
-    args = arguments(grpo, model_folder, data, max_steps=4, num_prompts=4)
+    script = bupo if fault == "foreign internal policy" else grpo
+    args = arguments(script, model_folder, data, max_steps=4, num_prompts=4)
     for name, value in FAULTS[fault](monkeypatch, data, tmp_path).items():
         setattr(args, name, value)
-    grpo.main(args)
+    script.main(args)
     assert warnings_of(capsys.readouterr().err).count(fault) == 2
 
 
@@ -93,6 +107,38 @@ def test_healthy_runs_raise_no_alarm(seed, model_folder, data, capsys):
     """A warning that is always there is read by nobody."""
     grpo.main(arguments(grpo, model_folder, data, max_steps=6, num_prompts=6, seed=seed))
     assert not warnings_of(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "phase, logp, told",
+    [("internal", -10.1, True), ("internal", -9.9, False), ("internal", None, False), ("whole", -11.0, False)],
+)
+def test_an_internal_policy_is_foreign_below_ten_nats(phase, logp, told):
+    """Said of the whole policy, or where nothing was trained, it would send people to an option that has no effect."""
+    happens, remedy = bookkeeping.FAULTS["foreign internal policy"]
+    assert happens(dict(phase=phase, trained_logp=logp)) == told
+    assert not happens({})  # other scripts
+    assert "--internal_norm true" in remedy and "\n" not in remedy
+
+
+def test_the_log_prob_of_the_samples_under_the_trained_policy_is_logged(model_folder, data, monkeypatch):
+    """Before the first update, under block k's policy, over the trained tokens only, however they are batched."""
+    real_logps = common.completion_logps
+    found = []
+
+    def completion_logps(model, rollouts, rows, temperature, layer=None, norm=False):
+        logps, entropy = real_logps(model, rollouts, rows, temperature, layer, norm)
+        if torch.is_grad_enabled():
+            found.append((layer, logps.detach().sum().item(), rollouts.mask[rows].sum().item()))
+        return logps, entropy
+
+    monkeypatch.setattr(common, "completion_logps", completion_logps)
+    settings = dict(num_prompts=6, num_minibatches=1, internal_layer=0, internal_steps=1, max_steps=2)
+    bupo.main(arguments(bupo, model_folder, data, **settings))
+    for layer, record in zip((0, None), read_jsonl("run/metrics.jsonl")):
+        total = sum(logps for k, logps, _ in found if k == layer)
+        tokens = sum(count for k, _, count in found if k == layer)
+        assert record["trained_logp"] == pytest.approx(total / tokens, rel=1e-4)
 
 
 def test_the_end_of_a_schedule_raises_no_alarm(model_folder, capsys):
