@@ -234,9 +234,8 @@ def run_blocks(model, ids, attention_mask, cache=None, prompt_lengths=None):
     """The backbone's output for `ids`, after its norm -> [B, T, D]. With a cache, `ids` are only the newest columns.
 
     Positions are counted over real tokens only, so that padding on either side shifts nothing. Padding on the right
-    needs no mask: causal attention does not look that way, and the fastest kernels take none. (In fp32 on CUDA only
-    the kernels that take a mask can do without a matrix of all scores, so there it is passed.) prompt_lengths, a list
-    of B: on a CPU, the prompt that rows share is read once for all of them, where that pays.
+    needs no mask, and the fastest kernels take none. (In fp32 on CUDA only those with a mask do without a matrix of all
+    scores.) prompt_lengths, a list of B: on a CPU a prompt that rows share is read once for all, where that pays.
     """
     backbone = backbone_of(model)
     if cache is None and not (ids.is_cuda and model.dtype == torch.float32):
