@@ -431,14 +431,17 @@ def analyze(
 
     One forward pass per batch. Against the head's products it costs next to nothing where the vocabulary is large, so
     these are what is saved: 4 a block and lens, of what its modules read and add (see Lens). The KL needs the whole
-    policy, which comes last, and everything waits for it. So a batch holds micro_batch_tokens / L tokens, at least one
-    answer, and the peak grows neither with the depth nor with the samples.
+    policy, which comes last, and everything waits for it. So a batch holds micro_batch_tokens / L positions that are
+    looked at, at least one answer, and the peak grows neither with the depth nor with the samples.
     """
     counted = choose_positions(rollouts.mask, max_positions, seed)
     rows = [row for row, wanted in enumerate(counted.any(1).tolist()) if wanted or row == answer]
-    batches = common.micro_batches(rollouts, rows, micro_batch_tokens // len(blocks_of(model)))
-    looked_at = counted.sum() + (rollouts.mask[answer].bool() & ~counted[answer]).sum()
-    with tqdm(total=int(looked_at), bar_format=BAR, leave=False, disable=None) as bar:  # silent in a log file
+    looked_at = int(counted.sum() + (rollouts.mask[answer].bool() & ~counted[answer]).sum())
+    # Only what is looked at waits. So fewer positions mean longer batches: products of a few rows are slow.
+    kept_share = looked_at / float(rollouts.mask.sum())
+    budget = min(micro_batch_tokens, int(micro_batch_tokens // len(blocks_of(model)) / kept_share))
+    batches = common.micro_batches(rollouts, rows, budget)
+    with tqdm(total=looked_at, bar_format=BAR, leave=False, disable=None) as bar:  # silent in a log file
         measurement = Measurement(model, temperature, norm, len(rollouts.ids), answer, bar)
         for batch in batches:
             measurement.measure_batch(rollouts, batch, counted)

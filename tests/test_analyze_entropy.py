@@ -377,6 +377,18 @@ def test_one_forward_pass_and_one_projection_of_each_activation(monkeypatch):
     assert not any(part._forward_hooks for part in model.modules())  # none is left behind
 
 
+def test_few_positions_meet_the_head_together():
+    """A tenth of the positions, in as many batches: products of a few rows took twice the time a row."""
+    model, rollouts = tiny_model(), random_answers(n=40)[2]
+    passes = []
+    counter = model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    analyze(model, rollouts, micro_batch_tokens=4 * 40)
+    all_of_them = len(passes)
+    analyze(model, rollouts, micro_batch_tokens=4 * 40, max_positions=20)
+    counter.remove()
+    assert 2 * (len(passes) - all_of_them) < all_of_them
+
+
 class Peak(TorchDispatchMode):
     """Largest number of bytes in tensors that were made, and not yet freed, while this mode was on."""
 
