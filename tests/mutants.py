@@ -298,8 +298,8 @@ MUTANTS = [
     ),
     (
         "bupo.py",
-        "layer=int(layer)",
-        "layer=int(layer) + 1",
+        "dict(layer=layer, norm",
+        "dict(layer=layer + 1, norm",
         "test_bupo.py",
         "the block above the chosen one is trained",
     ),
@@ -1794,8 +1794,8 @@ MUTANTS = [
     ),
     (
         "plumbing/optimizer.py",
-        "torch.float32)\n            adam",
-        "parameter.dtype)\n            adam",
+        "torch.float32)\n            rate",
+        "parameter.dtype)\n            rate",
         "test_plumbing_optimizer.py",
         "masters are bf16 as the weights are: small updates round to nothing",
     ),
