@@ -25,8 +25,8 @@ from plumbing.kv_cache import growing_cache
 from plumbing.models import backbone_of, encode, end_token_ids
 from plumbing.precision import fp32_product
 from plumbing.rewards import rewards_of
+from plumbing.rollouts import masked_mean
 from plumbing.shared_prompts import read_prompts_once, saves_tokens
-from plumbing.statistics import masked_mean
 
 PREFILL_TOKENS = 2**15  # prompt tokens read in one pass of `prefill`: bounds its memory
 CHUNK_LOGITS = 2**26  # logits alive at once in `token_logps`: 256 MiB in fp32

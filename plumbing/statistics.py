@@ -1,4 +1,4 @@
-"""Small statistics: intervals of a mean and quartiles of lists of numbers, the mean of a tensor under a mask."""
+"""Small statistics of lists of numbers: intervals of a mean, and quartiles."""
 
 import math
 
@@ -46,8 +46,3 @@ def quartiles(values):
     """[lower quartile, median, upper quartile] of numbers."""
     shares = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     return torch.tensor(values, dtype=torch.float64).quantile(shares).tolist()
-
-
-def masked_mean(values, mask):
-    """Mean of values where mask is 1, as a float; 0.0 where nothing is."""
-    return float((values * mask).sum() / mask.sum().clamp(min=1))
