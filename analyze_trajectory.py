@@ -142,7 +142,8 @@ def sample_trajectories(model, tokenizer, args):
 
 def read_trajectories(tokenizer, args):
     """The first --num_samples rows of --completions -> list of Trajectory. A row holds 'problem' (text or messages),
-    'text' and 'gold', and if known 'reward' and 'finished', as in completions.jsonl of a run. Raises UserError."""
+    'text' and 'gold', and if known 'reward', 'verdict' and 'finished', as in completions.jsonl of a run. Raises
+    UserError."""
     trajectories = []
     verdicts = []
     for where, row in itertools.islice(read_rows(args.completions), args.num_samples):
@@ -153,6 +154,14 @@ def read_trajectories(tokenizer, args):
     if not trajectories:
         raise UserError(f"{args.completions}: holds no completion; every line needs 'problem', 'text' and 'gold'")
     return trajectories
+
+
+def is_right(answer):
+    """Whether a logged answer is right: its verdict says so. Where none was logged, its reward was that of the verdict;
+    with --reward it may be any other."""
+    if "verdict" in answer:
+        return answer["verdict"] == "right"
+    return answer["reward"] == 1
 
 
 def read_trajectory(tokenizer, where, row, args):
@@ -171,7 +180,7 @@ def read_trajectory(tokenizer, where, row, args):
     if "reward" not in row:
         finished = row.get("finished", True)
         [verdict] = common.judge([row["text"]], [problem], [finished], args.grade_timeout)
-    elif row["reward"] == 1:
+    elif is_right(row):
         verdict = "right"
     else:
         verdict = "wrong"
@@ -756,7 +765,7 @@ def add_answer(bins, answer, every):
     """Add one answer, a line of completions.jsonl, to the sums of its bin. All fields are read first: a line that lacks
     one raises KeyError and leaves no empty bin behind."""
     counts = count_behaviours(answer["text"])
-    right = answer["reward"] == 1
+    right = is_right(answer)
     length = answer["length"]
     step = answer["step"]
     if not is_step(step) or not is_step(length) or not isinstance(answer["reward"], (int, float)):

@@ -38,6 +38,7 @@ from tqdm import tqdm
 import common
 import tasks
 from plumbing import figures, verifier
+from plumbing.blocks import rate_factors, train_only
 from plumbing.errors import UserError, close_progress_bars, explain
 from plumbing.files import (
     append_jsonl,
@@ -197,7 +198,8 @@ class Run:
         print(f"the first problem, as the model reads it: {shown}, {len(ids)} tokens")
         if args.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = Optimizer(self.model, args)
+        train_only(self.model, args.train_blocks)
+        self.optimizer = Optimizer(self.model, args, rate_factors(self.model, args.lr_below))
         self.carry("optimizer", self.optimizer)
         return self.model, self.tokenizer, self.optimizer
 
@@ -340,8 +342,9 @@ class Run:
         self.bar.set_postfix_str(self.shown, refresh=False)
         self.bar.update()
 
-    def log_completions(self, step, problems, rollouts, rewards, advantages):
-        """A step's B answers to completions.jsonl. rewards [P, G]; advantages [P, G], or None where there are none."""
+    def log_completions(self, step, problems, rollouts, verdicts, rewards, advantages):
+        """A step's B answers to completions.jsonl. verdicts: a list of B; rewards [P, G]; advantages [P, G], or None
+        where there are none."""
         records = []
         for i, text in enumerate(rollouts.texts):
             p, g = divmod(i, rewards.shape[1])
@@ -351,6 +354,7 @@ class Run:
                 text=text,
                 answer=last_boxed(text),
                 gold=problems[p].answer,
+                verdict=verdicts[i],
                 reward=rewards[p, g].item(),
                 length=int(rollouts.lengths[i]),
                 finished=bool(rollouts.finished[i]),

@@ -25,6 +25,7 @@ import torch
 
 import bookkeeping
 import common
+from plumbing.blocks import block_number
 from plumbing.errors import UserError, one_line_errors
 from plumbing.models import load_model
 from plumbing.options import RunArgs, option, parse
@@ -63,7 +64,7 @@ class Args(RunArgs):
     epsilon_high: float | None = option(None, "clip range of the ratio above 1 (clip-higher)", at_least=0)
     delta: float = option(10.0, "dual clip: a negative advantage weighs at most this many times; above 1", above=1)
     beta: float = option(0.0, "weight of the KL to the starting model; 0 loads no reference", at_least=0)
-    internal_layer: str = option(5, "block whose policy phase one trains, 0-based (paper: its layer 6), or 'auto'")
+    internal_layer: str = option(5, "block whose policy phase one trains, 0-based (paper: layer 6), 'auto' or 'random'")
     internal_steps: int = option(30, "steps of phase one; 0 is GRPO (paper: 30 for Qwen3-4B, 20 else)", at_least=0)
     internal_norm: bool = option(False, "apply the final norm to the internal state, as the usual logit lens does")
 
@@ -132,9 +133,7 @@ def main(args):
 
         layer = auto_layer(args)
     model, tokenizer, optimizer = run.load()
-    blocks = [str(k) for k in range(model.config.num_hidden_layers)]
-    if str(layer) not in blocks:
-        raise UserError(f"--internal_layer {layer}: this model has blocks 0 to {blocks[-1]}; choose one, or 'auto'")
+    layer = block_number(model, layer, args)
     print(f"block {layer}'s policy is trained until step {args.internal_steps} of {args.max_steps}, then the whole one")
     reference = None
     if args.beta > 0:
@@ -146,7 +145,7 @@ def main(args):
     for step, problems in run.steps():  # the next P problems of --data, shuffled; problem.ids: the tokens of its prompt
         # Whose policy is trained at this step: block k's first, then the whole one. The optimizer carries over.
         internal = step <= args.internal_steps
-        policy = dict(layer=int(layer), norm=args.internal_norm) if internal else {}
+        policy = dict(layer=layer, norm=args.internal_norm) if internal else {}
 
         # 1. Sample G completions per prompt from the policy itself and grade them.
         rollouts = common.sample(
@@ -160,7 +159,7 @@ def main(args):
             seed=bookkeeping.step_seed(args.seed, step),
         )
         run.lap("sampling")
-        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout)  # B; [P, G]
+        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout, args.reward)  # B; [P, G]
         A = advantages(rewards, rollouts.lengths.view(rewards.shape).cpu(), args.advantage)
         A_rows = A.view(-1, 1).to(model.device)  # [B, 1], the same for every token of a completion
         run.lap("grading")
@@ -207,7 +206,7 @@ def main(args):
         run.lap("update")
 
         # 4. Log; evaluate and save where due.
-        run.log_completions(step, problems, rollouts, rewards, A)
+        run.log_completions(step, problems, rollouts, verdicts, rewards, A)
         record = dict(
             **common.measure(rollouts, verdicts, rewards),
             tokens_per_second=rollouts.lengths.sum().item() / run.seconds(),

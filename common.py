@@ -24,6 +24,8 @@ from plumbing.errors import UserError
 from plumbing.kv_cache import growing_cache
 from plumbing.models import backbone_of, encode, end_token_ids
 from plumbing.precision import fp32_product
+from plumbing.rewards import rewards_of
+from plumbing.rollouts import masked_mean
 from plumbing.shared_prompts import read_prompts_once, saves_tokens
 
 PREFILL_TOKENS = 2**15  # prompt tokens read in one pass of `prefill`: bounds its memory
@@ -44,6 +46,7 @@ class Rollouts:
     logps: torch.Tensor | None = None  # [B, T] log-prob of each completion token when it was sampled, 0 elsewhere
     entropy: torch.Tensor | None = None  # [B, T] entropy of the distribution it was sampled from, 0 elsewhere
     texts: list[str] | None = None  # completions without special tokens
+    seed: int = 0  # that they were sampled with
 
 
 def assemble(prompts, completions, pad, device):
@@ -110,6 +113,7 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     rollouts.logps = fill_mask(rollouts.mask, logps[order])
     rollouts.entropy = fill_mask(rollouts.mask, entropy[order])
     rollouts.finished = torch.tensor([completion[-1] in stop for completion in completions], device=model.device)
+    rollouts.seed = seed
     rollouts.texts = [tokenizer.decode(completion, skip_special_tokens=True) for completion in completions]
     return rollouts
 
@@ -218,12 +222,14 @@ def judge(texts, problems, finished, grade_timeout=3.0):
     return verdicts
 
 
-def grade_rollouts(rollouts, problems, grade_timeout=3.0):
-    """Rollouts of B = P*G rows, prompt-major over the P problems -> (verdicts, a list of B; rewards [P, G])."""
+def grade_rollouts(rollouts, problems, grade_timeout=3.0, reward="right"):
+    """Rollouts of B = P*G rows, prompt-major over the P problems -> (verdicts, a list of B; rewards [P, G]). reward:
+    what earns it, as --reward says; all but 'right' leave the verdicts as they are."""
     G = len(rollouts.texts) // len(problems)
     problem_of_row = [problem for problem in problems for _ in range(G)]
     verdicts = judge(rollouts.texts, problem_of_row, rollouts.finished, grade_timeout)
-    rewards = torch.tensor([REWARDS.get(verdict, 0.0) for verdict in verdicts])
+    right = [REWARDS.get(verdict, 0.0) for verdict in verdicts]
+    rewards = torch.tensor(rewards_of(reward, right, rollouts, problem_of_row, G))
     return verdicts, rewards.view(len(problems), G)
 
 
@@ -357,15 +363,10 @@ def micro_batches(rollouts, rows, budget):
 # 5. What is measured --------------------------------------------------------------------------------------------------
 
 
-def masked_mean(values, mask):
-    """Mean of values where mask is 1, as a float; 0.0 where nothing is."""
-    return float((values * mask).sum() / mask.sum().clamp(min=1))
-
-
-def summary(rollouts, rewards):
-    """What training steps and evaluations both log of a batch of answers. rewards [P, G] -> dict of floats."""
+def summary(rollouts, verdicts):
+    """What training steps and evaluations both log of a batch of B answers. verdicts: a list of B -> dict of floats."""
     return dict(
-        accuracy=(rewards == 1).float().mean().item(),
+        accuracy=verdicts.count("right") / len(verdicts),
         response_length=rollouts.lengths.float().mean().item(),
         truncated_share=(~rollouts.finished).float().mean().item(),
         entropy=masked_mean(rollouts.entropy, rollouts.mask),
@@ -374,12 +375,12 @@ def summary(rollouts, rewards):
 
 def measure(rollouts, verdicts, rewards):
     """What a training step logs of its B samples, whatever is trained. verdicts: a list of B; rewards [P, G]."""
-    right = rewards.flatten() == 1
+    right = torch.tensor([verdict == "right" for verdict in verdicts])
     lengths = rollouts.lengths.float().cpu()
     equal = rewards.amax(1) == rewards.amin(1)  # [P]
     return dict(
         reward=rewards.mean().item(),
-        **summary(rollouts, rewards),
+        **summary(rollouts, verdicts),
         grader_timeouts=verdicts.count("timeout"),
         grader_errors=verdicts.count("error"),
         unparsable_golds=verdicts.count("unparsable"),
@@ -418,4 +419,4 @@ def evaluate(model, tokenizer, problems, n, temperature=1.0, max_completion_leng
     prompts = [problem.ids or problem.prompt for problem in problems]
     rollouts = sample(model, tokenizer, prompts, n, max_completion_length, temperature, **sampling)
     verdicts, rewards = grade_rollouts(rollouts, problems, grade_timeout)
-    return dict(**summary(rollouts, rewards), verdicts=verdicts, rewards=rewards, rollouts=rollouts)
+    return dict(**summary(rollouts, verdicts), verdicts=verdicts, rewards=rewards, rollouts=rollouts)

@@ -156,7 +156,7 @@ def main(args):
             seed=bookkeeping.step_seed(args.seed, step),
         )
         run.lap("sampling")
-        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout)  # B; [P, G]
+        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout, args.reward)  # B; [P, G]
         run.lap("grading")
 
         # 2. One optimizer step. Log-probs are kept only to be compared with the sampler's.
@@ -180,7 +180,7 @@ def main(args):
         run.lap("validation")
 
         # 4. Log; evaluate and save where due.
-        run.log_completions(step, problems, rollouts, rewards, None)
+        run.log_completions(step, problems, rollouts, verdicts, rewards, None)
         record = dict(
             **common.measure(rollouts, verdicts, rewards),
             tokens_per_second=rollouts.lengths.sum().item() / run.seconds(),

@@ -185,7 +185,7 @@ def main(args):
             seed=bookkeeping.step_seed(args.seed, step),
         )
         run.lap("sampling")
-        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout)  # B; [P, G]
+        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout, args.reward)  # B; [P, G]
         run.lap("grading")
 
         # Every completion has a gradient: its values are far from its reward, if not its log-probs.
@@ -240,7 +240,7 @@ def main(args):
 
         # 4. Log; evaluate and save where due.
         A = (A_rows.sum(1) / rollouts.lengths).view(rewards.shape)  # the mean over a completion's tokens
-        run.log_completions(step, problems, rollouts, rewards, A)
+        run.log_completions(step, problems, rollouts, verdicts, rewards, A)
         record = dict(
             **common.measure(rollouts, verdicts, rewards),
             tokens_per_second=rollouts.lengths.sum().item() / run.seconds(),

@@ -19,6 +19,7 @@ class Slot:
     parameter: torch.nn.Parameter
     master: torch.Tensor
     adam: torch.optim.AdamW
+    factor: float  # of the learning rate
 
 
 class Optimizer:
@@ -27,24 +28,32 @@ class Optimizer:
     A bf16 weight keeps 8 bits: an update of 1e-6 on a weight of 0.02 rounds to nothing. So moments and a master copy
     are fp32, beside the weights or on --optimizer_device, and the model gets the rounded master after each step. A
     model that is fp32 there already is its own master. Parameters are updated one by one, so that one fp32 gradient
-    exists at a time. Those whose grad is None are not touched at all: no decay, no moments.
+    exists at a time. Those whose grad is None are not touched at all: no decay, no moments. Those that require no grad
+    are not even known here.
     """
 
-    def __init__(self, model, args):
-        """Reads args.learning_rate, weight_decay, max_grad_norm, optimizer_device."""
+    def __init__(self, model, args, factors=None):
+        """Reads args.learning_rate, weight_decay, max_grad_norm, optimizer_device. factors: of the learning rate, by
+        the names of the parameters that have one other than 1."""
+        factors = factors or {}
         self.max_grad_norm = args.max_grad_norm
         self.skipped_in_a_row = 0
         self.norms = []  # gradient norms since the last summary
         self.moved = []  # pairs since the last summary: weights that an update changed, weights that it should change
         self.slots = []
         for name, parameter in model.named_parameters():  # a tied matrix appears once
+            if not parameter.requires_grad:
+                continue
+            factor = factors.get(name, 1.0)
             device = args.optimizer_device or parameter.device
             master = parameter.detach().to(device, torch.float32)
-            adam = torch.optim.AdamW([master], lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-            self.slots.append(Slot(name, parameter, master, adam))
+            rate = args.learning_rate * factor
+            adam = torch.optim.AdamW([master], lr=rate, weight_decay=args.weight_decay, fused=True)
+            self.slots.append(Slot(name, parameter, master, adam, factor))
 
     def step(self, learning_rate=None):
-        """Clip, update, clear the gradients -> norm before clipping. learning_rate: from now on; None: as before.
+        """Clip, update, clear the gradients -> norm before clipping. learning_rate: from now on, to be multiplied by
+        the factors; None: as before.
 
         A gradient that is not finite updates nothing; ten in a row raise UserError.
         """
@@ -82,7 +91,7 @@ class Optimizer:
         master = slot.master
         group = slot.adam.param_groups[0]
         if learning_rate is not None:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * slot.factor
         master.grad = slot.parameter.grad.to(master.device, torch.float32).mul_(scale)
         sample = slice(0, None, 1 + master.numel() // LOOKED_AT)  # every so many entries, to see what changes
         before = master.data.flatten()[sample].clone()

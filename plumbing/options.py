@@ -88,6 +88,14 @@ class RunArgs:
         at_least=LOWEST_TEMPERATURE,
     )
     learning_rate: float = option(1e-6, "AdamW step size, constant", at_least=0)
+    lr_below: str | None = option(
+        None,
+        "K:FACTOR, the learning rate of the embedding and the blocks below K times FACTOR",
+    )
+    train_blocks: str | None = option(
+        None,
+        "A:B trains blocks A to B - 1 alone, counted from 0; the rest, embedding and head too, stays as it is",
+    )
     weight_decay: float = option(0.01, "AdamW decoupled decay; 0 for none", at_least=0)
     max_grad_norm: float = option(
         1.0,
@@ -107,6 +115,11 @@ class RunArgs:
     optimizer_device: Literal["", "cpu"] = option(
         "",
         "'cpu': fp32 masters and moments in host memory; '': on --device",
+    )
+    reward: Literal["right", "random", "inverted", "format", "majority"] = option(
+        "right",
+        "what earns it: a right answer; a toss of a coin; a wrong answer; any answer that can be judged; the most "
+        "frequent answer of its group. Logged accuracy and evaluation stay true",
     )
     grade_timeout: float = option(
         3.0,
@@ -230,9 +243,12 @@ GROUPS = {
         *("model", "data", "eval_data", "system_prompt", "chat_template_kwargs"),
         *("max_prompt_length", "max_completion_length"),
     ),
-    "sampling and optimizer": ("temperature", "learning_rate", "weight_decay", "max_grad_norm", "seed"),
+    "sampling and optimizer": (
+        *("temperature", "learning_rate", "lr_below", "train_blocks"),
+        *("weight_decay", "max_grad_norm", "seed"),
+    ),
     "evaluation": ("eval_steps", "eval_problems", "eval_samples", "eval_temperature"),
-    "grading": ("grade_timeout", "max_grader_errors"),
+    "grading": ("reward", "grade_timeout", "max_grader_errors"),
     "run folder": ("output_dir", "overwrite", "save_steps", "save_total_limit", "report_to"),
     "memory and speed": (
         *("device", "dtype", "max_rollout_tokens", "micro_batch_tokens"),

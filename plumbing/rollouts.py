@@ -1,4 +1,4 @@
-"""Rows of one batch of answers put into another."""
+"""Batches of answers: rows of one put into another, and a mean over tokens."""
 
 import dataclasses
 
@@ -26,3 +26,8 @@ def replace_rows(rollouts, rows, others):
     for row, text in zip(rows, others.texts, strict=True):
         replaced["texts"][row] = text
     return dataclasses.replace(rollouts, **replaced)
+
+
+def masked_mean(values, mask):
+    """Mean of values where mask is 1, as a float; 0.0 where nothing is."""
+    return float((values * mask).sum() / mask.sum().clamp(min=1))

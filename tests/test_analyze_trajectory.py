@@ -528,6 +528,18 @@ def test_prune_command(model_folder, data, completions):
     assert_figures("prune")
 
 
+def test_right_is_what_the_verdict_says(tmp_path):
+    """With --reward random a coin decides the reward: read as correctness, it would explain whatever is measured."""
+    answer = dict(step=1, text="", reward=1.0, length=2)
+    assert trajectory.is_right(answer) and not trajectory.is_right(answer | dict(reward=0.1))
+    assert trajectory.is_right(answer | dict(reward=0.0, verdict="right"))
+    given = [("wrong", 1.0), ("right", 0.0), ("error", 1.0)]
+    rows = [answer | dict(verdict=verdict, reward=reward) for verdict, reward in given]
+    write_jsonl(tmp_path / "completions.jsonl", rows)
+    [row] = trajectory.read_behaviours(tmp_path, 10)
+    assert row["accuracy"] == pytest.approx(1 / 3)
+
+
 def test_behaviours_command(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -63,6 +63,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, stop, args_for, capsys):
     assert [record["step"] for record in read_jsonl("cut/metrics.jsonl") if "reward" in record] == [1, 2, 3, 4]
 
 
+def test_a_resumed_run_has_the_same_coins_rates_and_blocks(args_for):
+    """Coins of a generator that starts anew, or moments of the wrong weights: a control that a kill has changed."""
+    options = dict(reward="random", train_blocks="1:3", lr_below="2:0.1")
+    grpo.main(args_for(grpo, output_dir="whole", **options))
+    interrupt(grpo, args_for(grpo, **options), 2)
+    grpo.main(args_for(grpo, **options))
+    assert_same_run("cut", "whole")
+
+
 def test_imitation_resumes_with_its_schedule(args_for, data, model_folder):
     """A warm-up that starts again, or a decay counted from the restart, is another schedule."""
     trajectories = model_folder.parent / "trajectories.jsonl"

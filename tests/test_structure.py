@@ -229,6 +229,17 @@ def test_what_is_copied_is_copied_word_for_word(name, part):
     assert parts(name)[part] == parts(TRUNK)[part]
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_grades_by_the_reward_that_was_asked_for(name):
+    """An option of all scripts that one of them forgets: its control run would be the real thing."""
+    [call] = [node for node in nodes_of(name) if isinstance(node, ast.Call) and is_called(node, "grade_rollouts")]
+    assert "args.reward" in [ast.unparse(argument) for argument in call.args]
+
+
+def is_called(node, name):
+    return isinstance(node.func, ast.Attribute) and node.func.attr == name
+
+
 # How many of the trunk's lines of code a file does without.
 LEFT_OUT = {
     "bupo.py": 6,

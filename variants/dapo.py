@@ -161,7 +161,7 @@ def main(args):
             rows = [p * args.num_generations + g for p in silent for g in range(args.num_generations)]
             rollouts = replace_rows(rollouts or fresh, rows, fresh)
             run.lap("sampling")
-            verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout)  # B; [P, G]
+            verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout, args.reward)  # B; [P, G]
             silent = (rewards.amax(1) == rewards.amin(1)).nonzero().flatten().tolist()
             run.lap("grading")
             if not silent or extra == args.extra_rounds:
@@ -213,7 +213,7 @@ def main(args):
         run.lap("update")
 
         # 4. Log; evaluate and save where due.
-        run.log_completions(step, problems, rollouts, rewards, A)
+        run.log_completions(step, problems, rollouts, verdicts, rewards, A)
         record = dict(
             **common.measure(rollouts, verdicts, rewards),
             tokens_per_second=rollouts.lengths.sum().item() / run.seconds(),

@@ -151,7 +151,7 @@ def main(args):
             seed=bookkeeping.step_seed(args.seed, step),
         )
         run.lap("sampling")
-        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout)  # B; [P, G]
+        verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout, args.reward)  # B; [P, G]
         A = advantages(rewards, rollouts.lengths.view(rewards.shape).cpu(), args.advantage)
         A_rows = A.view(-1, 1).to(model.device)  # [B, 1], the same for every token of a completion
         run.lap("grading")
@@ -197,7 +197,7 @@ def main(args):
         run.lap("update")
 
         # 4. Log; evaluate and save where due.
-        run.log_completions(step, problems, rollouts, rewards, A)
+        run.log_completions(step, problems, rollouts, verdicts, rewards, A)
         record = dict(
             **common.measure(rollouts, verdicts, rewards),
             tokens_per_second=rollouts.lengths.sum().item() / run.seconds(),
