@@ -242,7 +242,7 @@ def is_called(node, name):
 
 # How many of the trunk's lines of code a file does without.
 LEFT_OUT = {
-    "bupo.py": 6,
+    "bupo.py": 7,
     "em.py": 88,
     "opo.py": 73,
     "ppo.py": 41,
