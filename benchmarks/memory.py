@@ -135,12 +135,12 @@ def head_memory(config, s, tokens):
 
 def sampling_memory(config, s, args):
     """Bytes of a wave's keys and values, and beside them those of a layer that are just moving to a larger place, or at
-    the head log-probs, probabilities and their product."""
+    the head log-probs and probabilities in fp32 and the sums of these in fp64."""
     longest = longest_sequence(args)
     rows = max(1, args.max_rollout_tokens // longest)
     _, K, _ = widths_of_attention(config)
     layer = 2 * K * s * rows * longest
-    return config.num_hidden_layers * layer + max(layer // 2, 3 * 4 * rows * config.vocab_size)
+    return config.num_hidden_layers * layer + max(layer // 2, (4 + 4 + 8) * rows * config.vocab_size)
 
 
 def print_plan(name, figures):
