@@ -54,7 +54,7 @@ from plumbing.files import (
 from plumbing.models import load_model, tokenize_problems
 from plumbing.optimizer import Optimizer
 from plumbing.options import EMBEDDED_MODEL
-from plumbing.runs import step_of
+from plumbing.runs import start_of_chain, step_of
 from tasks.answers import last_boxed
 
 # Metrics that may differ between two equal runs: clocks and memory, nothing that is learned.
@@ -187,6 +187,7 @@ class Run:
             found = str(error).removeprefix(f"--model {path}: ")[:200]
             raise UserError(f"{path}: this checkpoint is damaged ({found}); delete it to go back to the one before")
         self.compare_prompting()
+        self.chain_start = start_of_chain(args.model)
         if problems is None:
             problems = tasks.load_problems(args.data, "train", 0, args.system_prompt)
         self.problems = self.tokenize(problems)
@@ -402,7 +403,8 @@ class Run:
             if isinstance(value, float):
                 record[f"eval_{name}"] = value
         record["eval_greedy_accuracy"] = greedy["accuracy"]
-        record["kl_to_start"] = self.kl_to_start(sampled["rollouts"]) if step > 0 else 0.0
+        is_start = step == 0 and self.chain_start == args.model
+        record["kl_to_start"] = 0.0 if is_start else self.kl_to_start(sampled["rollouts"])
         self.write_record(record)
         tqdm.write(evaluation_line(record))
         if step > 0:
@@ -436,9 +438,10 @@ class Run:
         return found["accuracy"]
 
     def kl_to_start(self, rollouts):
-        """KL to --model in nats per token; that model is loaded for this pass only and freed on return."""
+        """KL in nats per token to --model; where that is a run itself, to the model with which the chain of runs began.
+        It is loaded for this pass only and freed on return."""
         args = self.args
-        start, _ = load_model(args.model, args.device, args.dtype)
+        start, _ = load_model(self.chain_start, args.device, args.dtype)
         return kl_between(self.model, start, rollouts, args.micro_batch_tokens, args.eval_temperature)
 
     # Saving -----------------------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ Every model answers every held-out problem n times; the answers are kept, and al
                 1 - C(n-c, k) / C(n, k), unbiased, as 1 - (1 - c/n)^k is not (https://arxiv.org/abs/2107.03374)
     maj@k       accuracy of the most frequent of k answers: mean over n // k consecutive blocks of k, the rest unused.
                 Ties go to the answer sampled first; an answer that is unfinished or gives no answer has no vote
+    mG-pass@k   for even k, chance that i of k answers are right, averaged over every i of more than half of k
     Self-BLEU   BLEU-4 of an answer against the others to its problem (https://arxiv.org/abs/1802.01886); 1: all alike
     Rep-5       share of an answer's 5-grams of tokens that it had used before; near 1: it loops
     entropy     nats per token, of the distribution sampled from
-    KL          to the model the run started from, nats per token: mean of exp(x) - x - 1, x = logp_start - logp
+    KL          to the model that the run started from, or the first of a chain of runs; nats per token: the mean of
+                exp(x) - x - 1, x = logp_start - logp
 Means are over answers, then problems, then data sets (row 'mean'); of entropy and KL over all tokens of a data set. The
-95% bootstrap intervals of avg, pass and maj redraw problems: they say nothing about other training seeds. --over_seeds
+95% bootstrap intervals of what has an @ redraw problems: they say nothing about other training seeds. --over_seeds
 does: runs whose names differ only in a last -NUMBER become one row, with the mean and its 95% t interval over runs.
 
 --behaviours: verification, backtracking, subgoal setting and backward chaining per answer (tasks/behaviours.py).
@@ -44,7 +46,7 @@ from plumbing.errors import UserError, explain, one_line_errors
 from plumbing.files import append_jsonl, check_folder, lock_folder, read_json, read_log, write_json, write_text
 from plumbing.models import load_model, tokenize_problems
 from plumbing.options import LARGEST, LOWEST_TEMPERATURE, MOST_SAMPLES, Parser, RunArgs, add_shared_options, is_embedded
-from plumbing.runs import experiment, find_run, is_number, labels_of, training_seconds
+from plumbing.runs import experiment, find_run, is_number, labels_of, start_of_chain, training_seconds
 from plumbing.statistics import bootstrap, mean_interval
 from plumbing.tables import markdown_table
 from tasks.behaviours import BEHAVIOURS, count_behaviours
@@ -79,6 +81,24 @@ def pass_at_k(n, c, k):
     if not 1 <= k <= n:
         raise UserError(f"--ks {k}: with {n} samples k is 1 to {n}; lower it or raise --num_samples")
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
+
+
+def mg_pass_at_k(n, c, k):
+    """Chance that i of k answers, drawn without replacement, are right, averaged over every i of more than half of k
+    (mG-Pass@k, https://arxiv.org/abs/2412.13147): pass@k asks what a model can do, this what it does again and again.
+
+    k is even, so that k / 2 values of i lie above the half. Raises UserError if k > n.
+    """
+    pass_at_k(n, c, k)  # raises
+    total = 0
+    for needed in range(k // 2 + 1, k + 1):
+        total += draws_with(needed, n, c, k)
+    return 2 * total / (k * math.comb(n, k))
+
+
+def draws_with(needed, n, c, k):
+    """How many draws of k out of n answers hold at least `needed` of the c right ones."""
+    return sum(math.comb(c, right) * math.comb(n - c, k - right) for right in range(needed, k + 1))
 
 
 def group_answers(answers):
@@ -330,12 +350,13 @@ def complete_samples(entry, path, data, temperature, args, load):
 
 
 def load_start(entry, load):
-    """The model that a run started from, for the KL; None for a model that is no run, or if it cannot be loaded."""
+    """The model that a run, or its chain of runs, started from, for the KL; None for a model that is no run, or if it
+    cannot be loaded."""
     if not entry.run:
         return None
     try:
         find_run(entry.trained["model"])  # a folder that is gone is not looked up as a hub id
-        start, _ = load(entry.trained["model"])
+        start, _ = load(start_of_chain(entry.trained["model"]))
     except UserError as error:
         print(f"note: {entry.label}: no KL, its starting model cannot be loaded ({error})", file=sys.stderr)
         return None
@@ -424,7 +445,7 @@ def mean(values):
 
 
 def accuracies(record, ks, grade_timeout):
-    """(verdicts, avg@n, pass@k and maj@k) of one problem's answers."""
+    """(verdicts, avg@n, pass@k, maj@k and mG-pass@k) of one problem's answers."""
     problem = tasks.problem_from_record(record)
     texts = record["texts"]
     n = len(texts)
@@ -438,6 +459,8 @@ def accuracies(record, ks, grade_timeout):
     for k in ks:
         found[f"pass@{k}"] = pass_at_k(n, int(sum(right)), k)
         found[f"maj@{k}"] = maj_at_k(groups, right, k)
+        if k % 2 == 0:
+            found[f"mG-pass@{k}"] = mg_pass_at_k(n, int(sum(right)), k)
     return verdicts, found
 
 
@@ -542,11 +565,12 @@ def main_columns(args):
 
 
 def all_k_columns(args):
-    """Columns of pass@k and maj@k for every k."""
+    """Columns of pass@k and maj@k for every k, of mG-pass@k for every even one."""
     columns = {}
-    for kind in ("pass", "maj"):
+    for kind in ("pass", "maj", "mG-pass"):
         for k in args.ks:
-            columns[f"{kind}@{k}"] = (f"{kind}@{k}", 3)
+            if kind != "mG-pass" or k % 2 == 0:
+                columns[f"{kind}@{k}"] = (f"{kind}@{k}", 3)
     return columns
 
 

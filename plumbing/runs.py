@@ -1,6 +1,7 @@
 """Run folders as another script finds them: finished or not, how they are called, how long they took."""
 
 import re
+import sys
 from pathlib import Path
 
 from plumbing.errors import UserError
@@ -43,6 +44,38 @@ def find_run(path):
     if tells_its_step and not step_of(folder):
         raise UserError(f"{path}: unfinished, no trainer_state.json; repeat its training command to finish it")
     return run
+
+
+def start_of_chain(model):
+    """The model that a chain of runs began with: 'runs/em' -> 'embedded', where em.py trained the embedded model. Only
+    reinforcement learning makes a chain: a model that it has not trained, such as one of sft.py, is its own start.
+
+    What a former run started from may be gone. Then the chain begins behind it, and a line on stderr says so.
+    """
+    start = model
+    passed = [start]
+    while True:
+        trained = options_of(start)
+        if trained.get("script") in (None, "sft.py") or not isinstance(trained.get("model"), str):
+            return start
+        before = trained["model"]
+        gone = can_only_be_a_folder(before) and not Path(before).is_dir()
+        if gone or before in passed:
+            print(f"note: the KL is to {start}; {before}, from which that was trained, is gone", file=sys.stderr)
+            return start
+        start = before
+        passed.append(start)
+
+
+def options_of(model):
+    """The options that a model was trained with, a dict: those in args.json of its run folder; {} for any other model."""
+    folder = Path(model)
+    if re.match("checkpoint-|best$", folder.name):
+        folder = folder.parent
+    try:
+        return read_json(folder / "args.json")
+    except UserError:  # there is none, or another program's
+        return {}
 
 
 def can_only_be_a_folder(path):

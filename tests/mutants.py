@@ -1521,6 +1521,27 @@ MUTANTS = [
         "test_bookkeeping_kl.py",
         "the KL is measured on greedy answers, which no policy sampled",
     ),
+    (
+        "bookkeeping.py",
+        "self.chain_start = start_of_chain(args.model)",
+        "self.chain_start = args.model",
+        "test_bookkeeping_kl.py",
+        "the KL of em.py, then grpo.py, is to the EM model and looks smaller than it is",
+    ),
+    (
+        "plumbing/runs.py",
+        'in (None, "sft.py")',
+        "is None",
+        "test_plumbing_runs.py",
+        "a chain begins before imitation: the KL says how far imitation went",
+    ),
+    (
+        "evaluate.py",
+        "range(k // 2 + 1, k + 1)",
+        "range(k // 2, k + 1)",
+        "test_evaluate.py",
+        "mG-pass@k counts an answer that is right half of the time as a stable one",
+    ),
     # tasks/__init__.py
     (
         "tasks/__init__.py",

@@ -49,3 +49,19 @@ def test_kl_to_start_is_taken_at_the_evaluations_temperature(model_folder, data,
     expected = masked_average(k3(logps, start_logps), mask)
     assert found == pytest.approx(expected.item(), rel=1e-3)
     assert found > 1e-3
+
+
+def test_kl_of_a_chained_run_is_to_the_model_the_chain_began_with(model_folder, data):
+    """EM, then RL, 'stayed nearer to the start': its KL was to the EM model, not to the start."""
+    settings = dict(eval_steps=1, learning_rate=1e-2, max_steps=1, num_prompts=6)
+    grpo.main(arguments(grpo, model_folder, data, output_dir="first", **settings))
+    grpo.main(arguments(grpo, "first", data, output_dir="second", **settings))
+    first = kl_of("first")
+    second = kl_of("second")
+    assert first[0] == 0 and first[1] > 1e-3
+    assert second[0] == pytest.approx(first[1])  # the same model, asked the same, before it is trained further
+    assert second[1] != pytest.approx(second[0])
+
+
+def kl_of(folder):
+    return [record["kl_to_start"] for record in read_jsonl(f"{folder}/metrics.jsonl") if "kl_to_start" in record]

@@ -64,6 +64,25 @@ def test_pass_at_k_needs_as_many_samples_as_it_draws(k):
         evaluate.pass_at_k(8, 4, k)
 
 
+@pytest.mark.parametrize("k", [2, 4, 6])
+def test_mg_pass_at_k_is_what_all_subsets_say(k):
+    """RaML, tables 2 and 3: stable answers. The half itself counted, or 'exactly i' for 'at least i', is another number."""
+    for c in range(9):
+        subsets = list(itertools.combinations([1] * c + [0] * (8 - c), k))
+        shares = []
+        for needed in range(k // 2 + 1, k + 1):
+            shares.append(sum(sum(subset) >= needed for subset in subsets) / len(subsets))
+        assert evaluate.mg_pass_at_k(8, c, k) == pytest.approx(sum(shares) / len(shares), abs=1e-15)
+
+
+def test_mg_pass_at_k_as_in_the_paper():
+    assert evaluate.mg_pass_at_k(32, 32, 8) == 1.0
+    assert evaluate.mg_pass_at_k(32, 16, 8) == pytest.approx(0.118, abs=5e-4)
+    assert evaluate.mg_pass_at_k(32, 0, 8) == 0.0
+    with pytest.raises(UserError, match="--ks 10: with 8 samples"):
+        evaluate.mg_pass_at_k(8, 4, 10)
+
+
 def test_answers_are_grouped_as_they_are_graded():
     """Different texts of one number are one answer; a missing one is none, not a group of its own."""
     answers = ["\\frac{1}{2}", "", "2", "0.5", "2", "2.0", "", "3"]
@@ -227,7 +246,9 @@ def test_every_number_follows_from_the_kept_answers(world):
         assert row["truncated_share"] == pytest.approx(sum(not done for r in records for done in r["finished"]) / 48)
         assert row["self_bleu"] == pytest.approx(sum(slow_self_bleu(r["texts"]) for r in records) / 6)
         assert row["intervals"]["avg@8"][0] <= row["avg@8"] <= row["intervals"]["avg@8"][1]
-        assert set(row["intervals"]) == {"avg@8", *(f"{kind}@{k}" for kind in ("pass", "maj") for k in (1, 2, 4, 8))}
+        of_every_k = {f"{kind}@{k}" for kind in ("pass", "maj") for k in (1, 2, 4, 8)}
+        of_even_k = {f"mG-pass@{k}" for k in (2, 4, 8)}
+        assert set(row["intervals"]) == {"avg@8"} | of_every_k | of_even_k
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from helpers import write_jsonl
 
+from plumbing.files import write_json
 from plumbing.options import EMBEDDED_MODEL
-from plumbing.runs import experiment, find_run, labels_of, training_seconds
+from plumbing.runs import experiment, find_run, labels_of, start_of_chain, training_seconds
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,36 @@ def test_seconds_that_are_no_number_are_left_out(value):
     Path("run").mkdir()
     write_jsonl(Path("run/metrics.jsonl"), [dict(step=1, seconds=2.5), dict(step=2, seconds=value)])
     assert training_seconds("run") == 2.5
+
+
+def made_run(folder, **options):
+    Path(folder).mkdir(parents=True)
+    write_json(Path(folder) / "args.json", options)
+
+
+def test_a_chain_of_runs_begins_where_reinforcement_learning_began(capsys):
+    """The KL of em.py -> grpo.py to the EM model was compared with that of a run from the base, and looked smaller."""
+    made_run("runs/tiny", script="sft.py", model="runs/tiny/start")
+    made_run("runs/em", script="em.py", model="runs/tiny")
+    made_run("runs/em_grpo", script="grpo.py", model="runs/em/best")
+    made_run("runs/more", script="bupo.py", model="runs/em_grpo/checkpoint-20")
+    Path("runs/em/best").mkdir()
+    Path("runs/em_grpo/checkpoint-20").mkdir()
+    made_run("runs/hub", script="grpo.py", model="Qwen/Qwen3-4B")
+    made_run("runs/other", epochs=3)  # another program's
+    assert start_of_chain("runs/more") == start_of_chain("runs/em") == start_of_chain("runs/tiny") == "runs/tiny"
+    assert start_of_chain("runs/hub") == "Qwen/Qwen3-4B"
+    for model in ("embedded", "runs/other", "Qwen/Qwen3-4B"):
+        assert start_of_chain(model) == model
+    assert capsys.readouterr().err == ""
+
+
+def test_a_chain_whose_beginning_is_gone_begins_behind_it(capsys):
+    made_run("runs/a", script="grpo.py", model="runs/gone")
+    made_run("runs/b", script="grpo.py", model="runs/a")
+    made_run("runs/c", script="grpo.py", model="runs/d")  # each was trained over what the other one came from
+    made_run("runs/d", script="grpo.py", model="runs/c")
+    assert start_of_chain("runs/b") == "runs/a"
+    assert start_of_chain("runs/c") == "runs/d"
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "runs/gone" in told[0] and "KL is to runs/a" in told[0]
