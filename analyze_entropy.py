@@ -12,7 +12,7 @@ Blocks are 0-based as in the code: block k is the paper's layer k + 1. entropy.j
 resid_pre, resid_mid, resid_post, attn_out and mlp_out, and what the modules read attn_in and mlp_in. Position t is the
 distribution that produced token t; the first completion token and the end token count. --norm adds the same numbers
 with the model's final norm applied to every activation, the usual logit lens; their names start with normed_. Every
-mean comes with its standard error (see clustered_mean): tokens of one answer are not independent.
+mean comes with its standard error (see plumbing/clusters.py): tokens of one answer are not independent.
 
     python analyze_entropy.py                                # the embedded model, no GPU, no network: seconds
     python analyze_entropy.py runs/tiny runs/bupo --norm     # before and after training
@@ -41,6 +41,7 @@ import bookkeeping
 import common
 import tasks
 from plumbing import figures
+from plumbing.clusters import clustered_mean
 from plumbing.errors import UserError, explain, one_line_errors
 from plumbing.files import check_folder, write_json
 from plumbing.models import backbone_of, encode, load_model, tokenize_problems
@@ -369,27 +370,6 @@ class Measurement:
             means[name] = mean.tolist()
             errors[name] = None if error is None else error.tolist()
         return means, errors
-
-
-def clustered_mean(sums, counts):
-    """Mean over tokens that come in clusters, the answers, and its standard error.
-
-    sums [..., A]: of a quantity over each answer's tokens; counts [A]: how many tokens these are. With s_i and n_i of
-    answer i, n = sum_i n_i, and A the number of answers that have a token:
-
-        mean = sum_i s_i / n,    error = sqrt(A / (A - 1) * sum_i (s_i - mean n_i)^2) / n
-
-    Tokens of one answer are not independent, answers are: as if all tokens were, the error would be too small. ->
-    (mean [...], error [...]); the error is None for a single answer.
-    """
-    n = counts.sum()
-    answers = (counts > 0).sum()
-    mean = sums.sum(-1) / n
-    if answers < 2:
-        return mean, None
-    residuals = sums - mean[..., None] * counts
-    variance = residuals.square().sum(-1) * answers / (answers - 1)
-    return mean, variance.sqrt() / n
 
 
 def at_depth(means, errors, depth):

@@ -17,6 +17,7 @@ With several runs the curves are laid over each other; answers and models are th
 """
 
 import argparse
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from plumbing.models import backbone_of, load_model, tokenize_problems
 from plumbing.options import Parser, add_shared_options, check_shared_options, is_embedded
 from plumbing.runs import is_number, labels_of, step_of
 from plumbing.samples import is_text
+from plumbing.tuned_lens import lens_folder, load_lens
 from tasks.answers import last_boxed
 
 SHARED = ("device", "dtype", "max_rollout_tokens")  # options that mean here what they mean to the training scripts
@@ -67,6 +69,8 @@ DEFINITIONS = {
     "raw lens": "softmax(S_k E_u^T): the residual stream after block k, read by the unembedding as it is. The internal "
     "policy that bupo.py trains.",
     "normed lens": "the same after the model's final norm: the usual logit lens.",
+    "tuned lens": "the same, after an affine map of the stream that analyze_lens.py has trained for each block, by the "
+    "KL to the whole policy on the model's own answers: what the block holds, in whatever basis it is written.",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,6 +397,7 @@ class Policies:
     tokenizer: object
     words: Words
     temperature: float
+    lenses: dict  # of each model, see `lenses_of`
 
     def states(self, name, prompts, completions, layer=None):
         """The states that predict the tokens of completions, each [T, D]: of the whole policy, or raw after a block."""
@@ -424,8 +429,9 @@ def load_policies(run, args, notes):
     if is_embedded(run.path):
         torch.set_num_threads(1)  # it is so small that a second thread only waits, on a busy machine for a minute
     models = {}
+    paths = dict(end=str(end), start=run.text("model"))
     tokenizer = None
-    for name, path in (("end", str(end)), ("start", run.text("model"))):
+    for name, path in paths.items():
         try:
             models[name], own_tokenizer = load_model(path, args.device, args.dtype)
             tokenizer = tokenizer or own_tokenizer
@@ -437,7 +443,8 @@ def load_policies(run, args, notes):
             notes.append(f"The {which} model cannot be loaded, so that what it would say is left out: {error}. {where}")
     if not models:
         return None
-    return Policies(models, tokenizer, Words(tokenizer), run.number("temperature", 1.0))
+    lenses = lenses_of(models, paths, notes)
+    return Policies(models, tokenizer, Words(tokenizer), run.number("temperature", 1.0), lenses)
 
 
 def rounded(values):
@@ -574,9 +581,30 @@ def normed_lens(model, states, block):
     return backbone_of(model).norm(states)
 
 
-# Name -> function(model, states [T, D], block) -> what the unembedding reads. Block -1 is the embedding. The page shows
-# a button for each; a lens that is fitted first needs no more than a line here.
-LENSES = {"raw": raw_lens, "normed": normed_lens}
+def lenses_of(models, paths, notes):
+    """For each model, by name: name of a lens -> function(model, states [T, D], block) -> what the unembedding reads;
+    block -1 is the embedding. The page shows a button for each. The tuned lens is there where analyze_lens.py has
+    trained one for every model."""
+    lenses = {name: {"raw": raw_lens, "normed": normed_lens} for name in models}
+    tuned = {}
+    try:
+        for name, model in models.items():
+            tuned[name], _ = load_lens(lens_folder(paths[name]), model)
+    except UserError as error:
+        notes.append(f"No tuned lens: {error}.")
+        return lenses
+    without = [paths[name] for name in models if tuned[name] is None]
+    if without and len(without) < len(models):
+        notes.append(f"No tuned lens: {without[0]} has none. Make it by: python analyze_lens.py {without[0]}")
+    if not without:
+        for name in models:
+            lenses[name]["tuned"] = functools.partial(tuned_states, tuned[name])
+    return lenses
+
+
+def tuned_states(tuned, model, states, block):
+    """The residual stream after the translator of its block and the final norm."""
+    return backbone_of(model).norm(tuned.translate(block, states))
 
 
 @torch.no_grad()
@@ -591,7 +619,7 @@ def layer_map(policies, name, prompt, completion):
         stream += policies.states(name, [prompt], [completion], k)
     [whole] = policies.states(name, [prompt], [completion])
     found = {}
-    for lens, see in LENSES.items():
+    for lens, see in policies.lenses[name].items():
         rows = []
         for depth, states in enumerate(stream):
             rows.append(cells(policies, name, see(model, states, depth - 1)))

@@ -68,7 +68,7 @@ def start_of_chain(model):
 
 
 def options_of(model):
-    """The options that a model was trained with, a dict: those in args.json of its run folder; {} for any other model."""
+    """The options that a model was trained with, a dict: args.json of its run folder; {} for any other model."""
     folder = Path(model)
     if re.match("checkpoint-|best$", folder.name):
         folder = folder.parent

@@ -18,7 +18,15 @@ def boxed(answer):
 
 
 def last_boxed(text):
-    """Content of the last complete \\boxed{...}, or None.
+    """Content of the last complete \\boxed{...}, or None."""
+    box = last_box(text)
+    if box is None:
+        return None
+    return text[box]
+
+
+def last_box(text):
+    """Where the content of the last complete \\boxed{...} lies in a text, a slice, or None.
 
     One pass with a stack of the braces that are open, then one cut. So the time is linear even for a text made to be
     slow, such as boxes in boxes.
@@ -35,9 +43,7 @@ def last_boxed(text):
             start = open_braces.pop()
             if start is not None:
                 found_box = slice(start, match.start())
-    if found_box is None:
-        return None
-    return text[found_box]
+    return found_box
 
 
 def behind_hashes(text):

@@ -21,8 +21,9 @@ import analyze_entropy
 import bupo
 import common
 import tasks
-from analyze_entropy import analyze, boundary_layer, choose_positions, clustered_mean, stages
+from analyze_entropy import analyze, boundary_layer, choose_positions, stages
 from plumbing import figures
+from plumbing.clusters import clustered_mean
 from plumbing.errors import UserError
 
 # All with two query heads per key-value head; Qwen3 with its norms on queries and keys, Qwen2 with biases.

@@ -235,6 +235,8 @@ def test_help_describes_every_option(script, monkeypatch, capsys):
         "evaluate.py",
         "report.py",
         "analyze_entropy.py",
+        "analyze_lens.py",
+        "analyze_patching.py",
         "analyze_logits.py",
         "analyze_gradients.py",
         "analyze_trajectory.py",

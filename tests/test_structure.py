@@ -285,7 +285,7 @@ UNDER = {
     "benchmarks": ("benchmarks/", *LESSONS, *UNDER_LESSONS),
 }
 # Lessons that others may import, inside the function that needs them: the embedded model, and the boundary layer.
-MEANT = {"sft.py": LESSONS, "analyze_entropy.py": ["bupo.py"]}
+MEANT = {"sft.py": LESSONS, "analyze_entropy.py": ["bupo.py", "analyze_lens.py", "analyze_patching.py"]}
 
 
 def importable():
