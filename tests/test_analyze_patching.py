@@ -53,7 +53,7 @@ def test_a_patch_at_the_end_gives_what_the_other_run_says(family, tied):
 
 
 def test_every_patch_is_the_one_that_a_hook_makes_by_hand():
-    """One position and block at a time, on transformers' own forward pass: rows mixed up, a block off, a sum forgotten."""
+    """One position and block at a time, on transformers' own forward pass: rows mixed up, a block off, no sum."""
     model = tiny_model()
     other = tiny_model(seed=1)
     one = case(wanted="15}")

@@ -66,7 +66,7 @@ def test_pass_at_k_needs_as_many_samples_as_it_draws(k):
 
 @pytest.mark.parametrize("k", [2, 4, 6])
 def test_mg_pass_at_k_is_what_all_subsets_say(k):
-    """RaML, tables 2 and 3: stable answers. The half itself counted, or 'exactly i' for 'at least i', is another number."""
+    """RaML, tables 2 and 3: stable answers. The half itself counted, or 'exactly i' for 'at least i', is wrong."""
     for c in range(9):
         subsets = list(itertools.combinations([1] * c + [0] * (8 - c), k))
         shares = []

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import report
 from plumbing import pages
 from plumbing.errors import UserError
+from plumbing.models import load_model
+from plumbing.tuned_lens import lens_folder, new_lens, save_lens
 
 STAND_IN = 'window.Plotly = {react() { document.body.title = "<\\u00e9>"; }};'
 
@@ -204,6 +206,47 @@ def test_the_maps_are_the_lens_of_every_block(page):
                     torch.testing.assert_close(found, probabilities, atol=2e-4, rtol=0)
                     tops = [ids_of(tokenizer, data, places)[0] for places in row["tops"]]
                     assert tops == tokens[:, 0].tolist()
+
+
+def saved_lenses(run):
+    """A lens with maps of its own for the run's last model, and for its starting model -> {path: lens}."""
+    start = json.loads((run / "args.json").read_text())["model"]
+    lenses = {}
+    for path in (str(run), start):
+        model, _ = load_model(path)
+        lenses[path] = new_lens(model)
+        for parameter in lenses[path].parameters():
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape))
+        save_lens(lenses[path], lens_folder(path), model, {})
+    return start, lenses
+
+
+def test_the_tuned_lens_is_a_third_button_where_every_model_has_one(run):
+    """The translator of the block below, the one of the other model, or none at all: the map would look as plausible."""
+    start, lenses = saved_lenses(run)
+    try:
+        data = write_report(run, "--problems", 2, "--maps", 1, "--answers", 0)
+        models, tokenizer = models_of(run)
+        [shown] = data["maps"]
+        ids = ids_of(tokenizer, data, shown["tokens"])
+        for name, path, model in zip(("end", "start"), (str(run), start), models):
+            assert list(shown["policies"][name]) == ["raw", "normed", "tuned"]
+            output, predicting = logits_of(model, tokenizer, shown["problem"], ids, output_hidden_states=True)
+            rows = shown["policies"][name]["tuned"]
+            for k in (0, 1):
+                x = output.hidden_states[k + 1][0, predicting]
+                lens = lenses[path].double()
+                translated = model.model.norm(x + x @ lens.weight[k].T + lens.bias[k])
+                expected, _ = (translated @ model.lm_head.weight.T).softmax(-1).topk(5)
+                found = torch.tensor(rows[k + 1]["probabilities"]).double()
+                torch.testing.assert_close(found, expected, atol=3e-4, rtol=0)
+            assert rows[3] == shown["policies"][name]["normed"][3] == rows[4]
+        shutil.rmtree(lens_folder(str(run)))
+        data = write_report(run, "--problems", 2, "--maps", 1, "--answers", 0)
+        assert list(data["maps"][0]["policies"]["end"]) == ["raw", "normed"]
+        assert any("analyze_lens.py" in note for note in data["notes"])
+    finally:
+        shutil.rmtree(lens_folder(start))  # that model is shared by all tests
 
 
 def test_every_number_and_every_option_is_explained(page):
