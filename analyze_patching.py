@@ -267,7 +267,7 @@ def draw_summary(result):
     axis.axhline(result["gap"][0], color="black", linestyle=":", label="the gap: what there is to be explained")
     title = f"{result['patched']}, patched with {result['other']}"
     axis.set(title=title, xlabel="block k, 0-based, after which one position is patched")
-    axis.set_ylabel("largest effect on log-prob of what is wanted (nats)")
+    axis.set_ylabel("largest effect of a position (nats)")
     figures.legend_below(figure, axis, 2)
     return figure
 

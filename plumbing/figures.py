@@ -43,10 +43,8 @@ def legend_below(figure, axis, columns):
 
 def logarithmic(set_scale, axis):
     """Make an axis logarithmic, with plain numbers: matplotlib would write powers of ten as formulas, see `panels`."""
-    from matplotlib.ticker import LogFormatter
-
     set_scale("log")
-    axis.set_major_formatter(LogFormatter())
+    axis.set_major_formatter("{x:g}")
 
 
 def save_figures(folder, figures, dpi=150):
