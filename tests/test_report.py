@@ -222,7 +222,7 @@ def saved_lenses(run):
 
 
 def test_the_tuned_lens_is_a_third_button_where_every_model_has_one(run):
-    """The translator of the block below, the one of the other model, or none at all: the map would look as plausible."""
+    """The translator of the block below, the one of the other model, or none: the map would look as plausible."""
     start, lenses = saved_lenses(run)
     try:
         data = write_report(run, "--problems", 2, "--maps", 1, "--answers", 0)
