@@ -109,6 +109,10 @@ def test_summary_takes_the_largest_effect_of_a_group_and_the_mean_over_cases():
     assert summary["same token"]["mean"] == [0.0, 0.5]
     assert summary["last"]["mean"] == [2.0, 5.0] and summary["last"]["cases"] == 2
     assert "wanted" not in summary
+    two_tokens = case(other=TOKENIZER("12+3=26;\\boxed{")["input_ids"])
+    summary = analyze_patching.summarize([two_tokens], [torch.tensor([[1.0, 5.0, 0.0, 0.0]])])
+    assert summary["other token"]["mean"] == [5.0]  # not the mean: tokens that do nothing would dilute it
+    assert summary["other token"]["standard_error"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
