@@ -308,7 +308,8 @@ def draw_lenses(results):
     for result, row in zip(results, axes):
         for axis, (kind, title) in zip(row, TITLES.items()):
             for i, name in enumerate(LENSES):
-                draw_curve(axis, result[name][kind], name, figures.style_of(i))
+                lowest = 1e-5 if kind == "kl" else -1.0
+                draw_curve(axis, result[name][kind], name, figures.style_of(i), lowest)
             axis.set(title=title, xlabel="block k, 0-based")
             if kind == "kl":
                 figures.logarithmic(axis.set_yscale, axis.yaxis)
@@ -317,12 +318,13 @@ def draw_lenses(results):
     return figure
 
 
-def draw_curve(axis, found, name, style):
-    """One lens over the blocks, with a band of one standard error. A KL of 0, at the top, has no logarithm."""
+def draw_curve(axis, found, name, style, lowest):
+    """One lens over the blocks, with a band of one standard error. Values of `lowest` or less are left out: a KL of 0,
+    at the top, has no logarithm."""
     mean = found["mean"]
     errors = found["standard_error"] or [0.0] * len(mean)
-    blocks = [k for k in range(len(mean)) if mean[k] > 1e-5]
-    low = [max(1e-5, mean[k] - errors[k]) for k in blocks]
+    blocks = [k for k in range(len(mean)) if mean[k] > lowest]
+    low = [max(lowest, mean[k] - errors[k]) for k in blocks]
     high = [mean[k] + errors[k] for k in blocks]
     axis.plot(blocks, [mean[k] for k in blocks], **style, markersize=4, label=f"{name} lens")
     axis.fill_between(blocks, low, high, color=style["color"], alpha=0.25, linewidth=0)
