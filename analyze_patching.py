@@ -19,9 +19,11 @@ gap is the log-prob in the other run minus that without a patch: what there is t
     python analyze_patching.py                               # the embedded model, right against wrong answers
     python analyze_patching.py runs/tiny runs/grpo           # the trained model's states in the untrained one
     python analyze_patching.py runs/words_grpo --data words --system_prompt "" --max_completion_length 48
+    python analyze_patching.py Qwen/Qwen3-4B --data problems.jsonl --blocks 0 8 16 24 32 35 --num_cases 8
 """
 
 import argparse
+import copy
 import json
 import sys
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from plumbing import figures
 from plumbing.clusters import clustered_mean
 from plumbing.errors import UserError, explain, one_line_errors
 from plumbing.files import check_folder, write_json
+from plumbing.kv_cache import growing_cache
 from plumbing.models import backbone_of, load_model, tokenize_problems
 from plumbing.options import Parser, add_shared_options, check_shared_options, is_embedded, without_help
 from plumbing.streams import reading, replacing
@@ -59,6 +62,8 @@ SHARED = (
 )
 # Overrides of the defaults when all models are embedded ones.
 EMBEDDED = dict(data=tasks.DEFAULT, system_prompt="", max_completion_length=64)
+
+SIDE_BY_SIDE = 16  # positions patched in one batch: what stands before the first of them is read once for all
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cases
@@ -177,43 +182,76 @@ def right_against_wrong(tokenizer, problem, right, wrong):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def wanted_logps(model, ids, wanted, temperature):
-    """Log-prob of the tokens wanted, a list, with which every row ends: ids [B, T] -> [B]."""
-    n = len(wanted)
-    states = common.hidden_states(model, ids[:, :-1], torch.ones_like(ids[:, :-1]))
-    logps, _ = common.token_logps(model, states[:, -n:], ids[:, -n:], temperature)
-    return logps.sum(1)
+@dataclass
+class Reading:
+    """One text that is read several times, differently only from position `start` on."""
+
+    model: torch.nn.Module
+    ids: torch.Tensor  # [T]
+    n: int  # tokens wanted, with which the text ends
+    temperature: float
+    start: int = 0
+    prefix: object = None  # keys and values of what stands before `start`, of one row; None where that is nothing
+
+    def __post_init__(self):
+        if self.start > 0:
+            ids = self.ids[None, : self.start]
+            self.prefix = growing_cache(self.model, ids.numel())
+            common.run_blocks(self.model, ids, torch.ones_like(ids), self.prefix)
+
+    def wanted_logps(self, rows):
+        """Read the rest in so many equal rows -> log-prob of the wanted tokens in it, [rows]. Those before `start` are
+        left out: they are the same in every reading."""
+        ids = self.ids.expand(rows, -1)
+        cache = copy.deepcopy(self.prefix)  # reading on writes into it
+        if cache is not None:
+            cache.batch_select_indices(torch.zeros(rows, dtype=torch.long, device=ids.device))
+        inputs = ids[:, self.start : -1]
+        states = common.run_blocks(self.model, inputs, torch.ones_like(ids[:, :-1]), cache)
+        n = min(self.n, states.shape[1])
+        logps, _ = common.token_logps(self.model, states[:, -n:], ids[:, -n:], self.temperature)
+        return logps.sum(1)
 
 
 @torch.no_grad()
-def effects(model, other, case, temperature, micro_batch_tokens=2**15):
-    """effect(k, t) of a case: the stream of `other`, which reads case.other, in `model`, which reads case.patched ->
-    (effects [L, n] at the n positions of the case, the gap: a float), nats.
+def effects(model, other, case, args, blocks):
+    """effect(k, t) of a case: the stream of `other`, which reads case.other, in `model`, which reads case.patched.
 
-    Positions are patched side by side, one in every row of a batch. What is compared, the rows without a patch, goes
-    through the model in the same shape: rounding depends on it, and a patch by itself shall change nothing at all.
+    blocks: n numbers k -> (effects [n, m] at the m positions of the case, the gap: a float), nats.
+
+    Positions are patched side by side, one in every row of a batch. The run without a patch and the other run go
+    through their models in the same shape: rounding depends on it, and a patch by itself shall change nothing at all.
     """
-    device = model.device
-    positions = torch.tensor(case.positions(), device=device)
-    ids = torch.tensor(case.patched + case.wanted, device=device)
-    other_ids = torch.tensor([case.other + case.wanted], device=device)
-    with reading(other, positions) as streams:
-        aim = wanted_logps(other, other_ids, case.wanted, temperature)
-    found = torch.zeros(len(streams), len(positions))
-    size = max(1, micro_batch_tokens // len(ids))
-    for piece in torch.arange(len(positions), device=device).split(size):
-        batch = ids.expand(len(piece), -1)
-        plain = wanted_logps(model, batch, case.wanted, temperature)
-        for k, stream in enumerate(streams):
-            with replacing(model, k, positions[piece], stream[piece]):
-                patched = wanted_logps(model, batch, case.wanted, temperature)
-            found[k, piece.cpu()] = (patched - plain).cpu()
-    return found, float(aim - plain[0])
+    ids = torch.tensor(case.patched + case.wanted, device=model.device)
+    other_ids = torch.tensor(case.other + case.wanted, device=model.device)
+    positions = torch.tensor(case.positions(), device=model.device)
+    n = len(case.wanted)
+    aim = Reading(other, other_ids, n, args.temperature).wanted_logps(1)
+    gap = aim - Reading(model, ids, n, args.temperature).wanted_logps(1)
+    found = []
+    size = max(1, min(SIDE_BY_SIDE, args.micro_batch_tokens // len(ids)))
+    for piece in positions.split(size):
+        start = int(piece[0])
+        rows = len(piece)
+        columns = piece - start  # row i is patched in this one of its columns
+        cells = columns + torch.arange(rows, device=model.device) * (len(ids) - 1 - start)
+        other_rest = Reading(other, other_ids, n, args.temperature, start)
+        with reading(other, cells) as streams:
+            other_rest.wanted_logps(rows)
+        rest = Reading(model, ids, n, args.temperature, start)
+        plain = rest.wanted_logps(rows)
+        effect = torch.zeros(len(blocks), rows)
+        for i, k in enumerate(blocks):
+            with replacing(model, k, columns, streams[k]):
+                patched = rest.wanted_logps(rows)
+            effect[i] = patched - plain
+        found.append(effect)
+    return torch.cat(found, 1), gap.item()
 
 
 def summarize(cases, found):
     """The effects of all cases -> dict: for each of GROUPS that occurs, the most that one of its positions does after
-    every block: mean and standard_error over the cases that have it, lists over the L blocks."""
+    every block: mean and standard_error over the cases that have it, lists over the n blocks patched."""
     summary = {}
     for group in GROUPS:
         largest = []
@@ -243,12 +281,12 @@ def table(result):
     runs = f"{result['patched']} patched with {result['other']}"
     lines = [f"{runs}: {result['cases']} cases, gap {gap:.3f} ±{error:.3f} nats"]
     lines.append("block" + "".join(f"{group:>14}" for group in summary) + "   largest effect, nats")
-    for k in range(result["blocks"]):
+    for i, k in enumerate(result["blocks"]):
         values = f"{k:5d}"
         errors = "    ±"
         for found in summary.values():
-            values += f"{found['mean'][k]:14.3f}"
-            errors += f"{found['standard_error'][k]:14.3f}" if found["standard_error"] else " " * 14
+            values += f"{found['mean'][i]:14.3f}"
+            errors += f"{found['standard_error'][i]:14.3f}" if found["standard_error"] else " " * 14
         lines += [values, errors]
     return "\n".join(lines)
 
@@ -257,12 +295,13 @@ def draw_summary(result):
     """The largest effect of a position of every group over the blocks, and the gap."""
     figure, axes = figures.panels(1, 1, 8, 4.6)
     axis = axes[0][0]
+    blocks = result["blocks"]
     for i, (group, found) in enumerate(result["summary"].items()):
         style = figures.style_of(i)
         mean = torch.tensor(found["mean"])
         error = torch.tensor(found["standard_error"] or [0.0] * len(mean))
-        axis.plot(mean, **style, markersize=4, label=GROUPS[group])
-        axis.fill_between(range(len(mean)), mean - error, mean + error, color=style["color"], alpha=0.25, linewidth=0)
+        axis.plot(blocks, mean, **style, markersize=4, label=GROUPS[group])
+        axis.fill_between(blocks, mean - error, mean + error, color=style["color"], alpha=0.25, linewidth=0)
     axis.axhline(0, color="0.6", linewidth=1)
     axis.axhline(result["gap"][0], color="black", linestyle=":", label="the gap: what there is to be explained")
     title = f"{result['patched']}, patched with {result['other']}"
@@ -272,11 +311,11 @@ def draw_summary(result):
     return figure
 
 
-def draw_case(tokenizer, case, effect):
+def draw_case(tokenizer, case, effect, blocks):
     """Block x token map of one case: red where the patch makes what is wanted likelier, blue where less likely."""
     positions = case.positions()
-    L = len(effect)
-    figure, axes = figures.panels(1, 1, max(7, 2.5 + 0.36 * len(positions)), 2 + 0.3 * L)
+    height = 2.2 + max(1.8, 0.16 * len(blocks))
+    figure, axes = figures.panels(1, 1, max(6.5, 2 + 0.2 * len(positions)), height)
     axis = axes[0][0]
     largest = float(effect.abs().max()) or 1.0
     image = axis.imshow(effect, aspect="auto", origin="lower", vmin=-largest, vmax=largest, cmap="RdBu_r")
@@ -286,11 +325,12 @@ def draw_case(tokenizer, case, effect):
     for t in positions:
         ours = figures.visible(tokenizer.decode([patched[t]]), 8)
         theirs = figures.visible(tokenizer.decode([other[t]]), 8)
-        labels.append(ours if ours == theirs else f"{ours}\n{theirs}")
-    axis.set_xticks(range(len(positions)), labels, family="monospace", fontsize=8)
-    axis.set_yticks(range(0, L, -(-L // 15)))
-    axis.set(xlabel="token that is read there; where two are written, the other run reads the lower one")
-    axis.set(ylabel="block k", title=case.problem[-90:])
+        labels.append(ours if ours == theirs else f"{ours} \u2190 {theirs}")
+    axis.set_xticks(range(len(positions)), labels, rotation=90, family="monospace", fontsize=9)
+    rows = range(0, len(blocks), -(-len(blocks) // 15))
+    axis.set_yticks(rows, [blocks[row] for row in rows])
+    axis.set(xlabel="token that is read there \u2190 what the other run reads instead")
+    axis.set(ylabel="block k, 0-based", title=case.problem[-90:])
     figure.colorbar(image, ax=axis, label="effect on log-prob (nats)", pad=0.01)
     return figure
 
@@ -313,6 +353,7 @@ def parse(argv=None):
     add("--data", help="problems, as for the training scripts; for embedded models: arithmetic")
     add("--num_cases", type=int, default=32, help="problems that are looked at")
     add("--num_samples", type=int, default=16, help="answers to a problem, among which a case is looked for")
+    add("--blocks", type=int, nargs="+", help="blocks after which is patched, 0-based; default: all")
     add("--maps", type=int, default=2, help="cases, the first so many, that are drawn token by token")
     add("--output_dir", default="runs/patching", help="folder of patching.json and the figures")
     add_shared_options(parser, SHARED)
@@ -343,6 +384,17 @@ def check_alike(model, other, args):
             )
 
 
+def chosen_blocks(model, args):
+    """--blocks in order, or all. Raises UserError for a block that is not there."""
+    L = len(backbone_of(model).layers)
+    if args.blocks is None:
+        return list(range(L))
+    for k in args.blocks:
+        if not 0 <= k < L:
+            raise UserError(f"--blocks {k}: {args.model} has blocks 0 to {L - 1}")
+    return sorted(set(args.blocks))
+
+
 def look(args):
     """(result for patching.json, tokenizer, cases, effects of each)."""
     model, tokenizer = load_model(args.model, args.device, args.dtype)
@@ -350,6 +402,7 @@ def look(args):
     if args.other:
         other, _ = load_model(args.other, args.device, args.dtype)
         check_alike(model, other, args)
+    blocks = chosen_blocks(model, args)
     problems = tasks.load_problems(args.data, "test", 8 * args.num_cases, args.system_prompt)
     template = json.loads(args.chat_template_kwargs)
     problems = tokenize_problems(tokenizer, problems, args.max_prompt_length, template)
@@ -357,7 +410,7 @@ def look(args):
     found = []
     gaps = []
     for case in tqdm(cases, "patching", disable=None):
-        effect, gap = effects(model, other, case, args.temperature, args.micro_batch_tokens)
+        effect, gap = effects(model, other, case, args, blocks)
         found.append(effect)
         gaps.append(gap)
     gap, error = clustered_mean(torch.tensor(gaps, dtype=torch.float64), torch.ones(len(gaps)))
@@ -365,7 +418,7 @@ def look(args):
         patched=args.model,
         other=args.other or "its right answers",
         cases=len(cases),
-        blocks=len(found[0]),
+        blocks=blocks,
         gap=[gap.item(), 0.0 if error is None else error.item()],
         summary=summarize(cases, found),
     )
@@ -386,7 +439,7 @@ def main(args):
     write_json(folder / "patching.json", dict(args=vars(args), **result))
     drawn = {"patching": draw_summary(result)}
     for i in range(min(args.maps, len(cases))):
-        drawn[f"map_{i}"] = draw_case(tokenizer, cases[i], found[i])
+        drawn[f"map_{i}"] = draw_case(tokenizer, cases[i], found[i], result["blocks"])
     figures.save_figures(folder, drawn)
     print("\n" + table(result))
     print(f"\n{folder}: patching.json, " + ", ".join(f"{name}.png" for name in drawn))

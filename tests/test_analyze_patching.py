@@ -22,6 +22,12 @@ def case(patched=LEFT, other=RIGHT, wanted="7"):
     return Case("?", patched, other, TOKENIZER(wanted)["input_ids"])
 
 
+def effects_of(model, other, one, *options):
+    """`effects` after every block."""
+    args = analyze_patching.parse([*map(str, options)])
+    return effects(model, other, one, args, range(len(model.model.layers)))
+
+
 def logps_of(model, ids):
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -35,7 +41,7 @@ def wanted_logp(logps, context, wanted):
 @KINDS
 def test_a_patch_of_the_own_stream_changes_nothing_at_all(family, tied):
     model = tiny_model(family, tied)
-    found, gap = effects(model, model, case(other=LEFT, wanted="15}"), 1.0, micro_batch_tokens=40)
+    found, gap = effects_of(model, model, case(other=LEFT, wanted="15}"), "--micro_batch_tokens", 40)
     assert found.shape == (4, len(LEFT) + 2)
     assert (found == 0).all() and gap == pytest.approx(0, abs=1e-6)
 
@@ -45,7 +51,7 @@ def test_a_patch_at_the_end_gives_what_the_other_run_says(family, tied):
     """After the last block, at the last position: nothing of the patched run is left in the first token wanted."""
     model = tiny_model(family, tied)
     one = case()
-    found, gap = effects(model, model, one, 1.0)
+    found, gap = effects_of(model, model, one)
     ours = wanted_logp(logps_of(model, LEFT + one.wanted), LEFT, one.wanted)
     theirs = wanted_logp(logps_of(model, RIGHT + one.wanted), RIGHT, one.wanted)
     assert gap == pytest.approx(theirs - ours, abs=1e-5) and abs(gap) > 1e-3
@@ -58,7 +64,7 @@ def test_every_patch_is_the_one_that_a_hook_makes_by_hand():
     other = tiny_model(seed=1)
     one = case(wanted="15}")
     ids = one.patched + one.wanted
-    found, gap = effects(model, other, one, 0.7, micro_batch_tokens=3 * len(ids))
+    found, gap = effects_of(model, other, one, "--temperature", 0.7, "--micro_batch_tokens", 3 * len(ids))
     positions = one.positions()
     assert positions == list(range(LEFT.index(TOKENIZER("5")["input_ids"][0]), len(LEFT)))
     for k in range(4):
@@ -90,7 +96,7 @@ def test_with_two_models_every_position_is_patched():
     names = [one.group(t) for t in one.positions()]
     assert names == ["same token"] * (len(LEFT) - 1) + ["last"] + ["wanted"] * 2
     model, other = tiny_model(), tiny_model(seed=1)
-    found, gap = effects(model, other, one, 1.0)
+    found, gap = effects_of(model, other, one)
     assert gap != pytest.approx(0, abs=1e-3) and found.shape == (4, len(LEFT) + 2)
 
 
@@ -186,7 +192,7 @@ def test_one_command_writes_numbers_and_figures(two_models, model_folder, data):
     done = run_script("analyze_patching.py", *models, *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(Path("runs/patching/patching.json").read_text())
-    assert found["cases"] >= 1 and found["blocks"] == 3 and set(found["summary"]) <= groups
+    assert found["cases"] >= 1 and found["blocks"] == [0, 1, 2] and set(found["summary"]) <= groups
     assert "gap" in done.stdout
     for name in ("patching.png", "map_0.png"):
         assert Path("runs/patching", name).stat().st_size > 10_000
