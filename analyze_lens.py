@@ -104,6 +104,27 @@ def streams_of(model, rollouts, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Options that decide what is trained on, and how.
+DECISIVE = (
+    "data",
+    "system_prompt",
+    "chat_template_kwargs",
+    "max_prompt_length",
+    "max_completion_length",
+    "temperature",
+    "num_samples",
+    "max_steps",
+    "batch_answers",
+    "learning_rate",
+    "seed",
+)
+
+
+def facts_of(args):
+    """What a lens depends on, besides the model: the value of each DECISIVE option."""
+    return {name: getattr(args, name) for name in DECISIVE}
+
+
 class Training:
     """The training of one model's translators, as far as it has come."""
 
@@ -116,16 +137,11 @@ class Training:
         self.step = 0
         self.losses = []  # of every step: the mean over its tokens and over the blocks
 
-    def facts(self):
-        """What the result depends on, besides the model."""
-        names = ("data", "max_steps", "num_samples", "batch_answers", "learning_rate", "temperature", "seed")
-        return {name: getattr(self.args, name) for name in names}
-
     def save(self):
         """What a later call needs to go on, whole or not at all."""
         state = dict(
             fingerprint=fingerprint(self.model),
-            facts=self.facts(),
+            facts=facts_of(self.args),
             lens=self.lens.state_dict(),
             optimizer=self.optimizer.state_dict(),
             step=self.step,
@@ -143,7 +159,7 @@ class Training:
             return
         with explain(f"{file}: cannot be read", "delete it to start again"):
             state = torch.load(file, self.model.device, weights_only=True)
-        if state["fingerprint"] != fingerprint(self.model) or state["facts"] != self.facts():
+        if state["fingerprint"] != fingerprint(self.model) or state["facts"] != facts_of(self.args):
             return
         self.lens.load_state_dict(state["lens"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -199,7 +215,7 @@ def tuned_lens(path, model, tokenizer, args):
     if not args.overwrite:
         lens, facts = load_lens(folder, model)
         if lens is not None:
-            print(f"{folder}: read, {facts['max_steps']} steps on {facts['data']}; --overwrite trains it again")
+            print(f"{folder}: read, {facts['max_steps']} steps on {facts['data']}{unlike(facts, args)}")
             return lens
     training = Training(model, folder, args)
     if not args.overwrite:
@@ -207,9 +223,18 @@ def tuned_lens(path, model, tokenizer, args):
     with explain(f"{folder}: cannot be written", "analyze a copy of the model elsewhere", OSError):
         training.save()
         training.run(sample(model, tokenizer, "train", args))
-        save_lens(training.lens, folder, model, training.facts())
+        save_lens(training.lens, folder, model, facts_of(args))
     (folder / "unfinished.pt").unlink()
     return training.lens
+
+
+def unlike(facts, args):
+    """What is to be said of a lens that lies there: which options it was trained with that this command has not."""
+    wanted = facts_of(args)
+    others = [f"--{name} {value!r}" for name, value in facts.items() if value != wanted.get(name, value)]
+    if others:
+        return f", and with {', '.join(others)}; --overwrite trains it as this command says"
+    return "; --overwrite trains it again"
 
 
 def sample(model, tokenizer, split, args):

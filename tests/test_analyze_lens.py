@@ -170,6 +170,19 @@ def test_gradients_do_not_depend_on_the_chunks_and_the_model_gets_none(monkeypat
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_translators_of_a_bf16_model_are_trained_in_fp32(tmp_path):
+    """A step of 1e-3 on a bf16 number is rounded away, or is none of 1e-3."""
+    model = tiny_model().bfloat16().requires_grad_(False)
+    _, _, rollouts = random_answers()
+    training = analyze_lens.Training(model, tmp_path, args_of())
+    assert training.add_gradients(rollouts, [0, 1]) > 0
+    training.optimizer.step()
+    assert training.lens.weight.dtype == training.lens.weight.grad.dtype == torch.float32
+    assert training.lens.weight.detach().abs().max() == pytest.approx(1e-3, rel=1e-2)  # Adam's first step
+    streams, _, _ = streams_of(model, rollouts, [0])
+    assert read_through("tuned", model, training.lens, 0, streams[0]).dtype == torch.bfloat16
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model of three blocks with its tokenizer."""
@@ -229,12 +242,29 @@ def test_an_interrupted_training_ends_as_one_that_was_not(folder, monkeypatch, c
     assert whole.weight.abs().max() > 1e-3
 
 
-def test_an_unfinished_training_with_other_options_is_not_gone_on_with(folder, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "option, value", [("--learning_rate", 0.5), ("--system_prompt", "Add."), ("--max_completion_length", 5)]
+)
+def test_an_unfinished_training_with_other_options_is_not_gone_on_with(option, value, folder, monkeypatch, capsys):
+    """Half of it would have been trained on answers to other prompts, or at another rate."""
     with pytest.raises(KeyboardInterrupt):
         trained(copy_of(folder, "cut"), monkeypatch, stop_after=2)
     model, tokenizer = analyze_lens.load_model("cut")
-    analyze_lens.tuned_lens("cut", model, tokenizer, args_of("--learning_rate", 0.5))
+    analyze_lens.tuned_lens("cut", model, tokenizer, args_of(option, value))
     assert "resuming" not in capsys.readouterr().out
+
+
+def test_a_lens_that_was_trained_otherwise_is_read_and_said_to_be(folder, monkeypatch, capsys):
+    """A lens for temperature 1 is not the best one at 0.5: a reader of the table must know."""
+    trained(copy_of(folder, "model"), monkeypatch)
+    model, tokenizer = analyze_lens.load_model("model")
+    capsys.readouterr()
+    analyze_lens.tuned_lens("model", model, tokenizer, args_of())
+    [line] = capsys.readouterr().out.splitlines()
+    assert line == "model/tuned_lens: read, 4 steps on arithmetic; --overwrite trains it again"
+    analyze_lens.tuned_lens("model", model, tokenizer, args_of("--temperature", 0.5))
+    [line] = capsys.readouterr().out.splitlines()
+    assert "and with --temperature 1.0; --overwrite trains it as this command says" in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------

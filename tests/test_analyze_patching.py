@@ -46,6 +46,13 @@ def test_a_patch_of_the_own_stream_changes_nothing_at_all(family, tied):
     assert (found == 0).all() and gap == pytest.approx(0, abs=1e-6)
 
 
+def test_nor_does_it_in_bf16():
+    """Where a number has three digits, another order of the same sum is another number."""
+    model = tiny_model(num_hidden_layers=3).bfloat16()
+    found, _ = effects_of(model, model, case(other=LEFT, wanted="15}"))
+    assert (found == 0).all()
+
+
 @KINDS
 def test_a_patch_at_the_end_gives_what_the_other_run_says(family, tied):
     """After the last block, at the last position: nothing of the patched run is left in the first token wanted."""
@@ -98,6 +105,33 @@ def test_with_two_models_every_position_is_patched():
     model, other = tiny_model(), tiny_model(seed=1)
     found, gap = effects_of(model, other, one)
     assert gap != pytest.approx(0, abs=1e-3) and found.shape == (4, len(LEFT) + 2)
+
+
+def test_what_is_read_once_for_several_positions_changes_nothing(monkeypatch):
+    """Keys and values of the wrong row, of the last patch, or of one token more: another effect."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    one = case(patched=LEFT, other=LEFT, wanted="15}")
+    monkeypatch.setattr(analyze_patching, "SIDE_BY_SIDE", 100)
+    expected, gap = effects_of(model, other, one)
+    for side_by_side in (1, 4):
+        monkeypatch.setattr(analyze_patching, "SIDE_BY_SIDE", side_by_side)
+        found, same_gap = effects_of(model, other, one)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+        assert same_gap == pytest.approx(gap, abs=1e-5)
+
+
+def test_only_the_blocks_that_are_asked_for_are_patched():
+    model, other = tiny_model(), tiny_model(seed=1)
+    args = analyze_patching.parse(["--blocks", "3", "1", "3"])
+    blocks = analyze_patching.chosen_blocks(model, args)
+    assert blocks == [1, 3]
+    found, _ = effects(model, other, case(), args, blocks)
+    everything, _ = effects_of(model, other, case())
+    assert torch.equal(found, everything[[1, 3]])
+    for k in (4, -1):
+        args.blocks = [0, k]
+        with pytest.raises(UserError, match=f"--blocks {k}: embedded has blocks 0 to 3"):
+            analyze_patching.chosen_blocks(model, args)
 
 
 def test_groups_of_positions():
@@ -211,6 +245,7 @@ def test_models_of_two_shapes_are_one_line(model_folder):
     [
         ("--num_cases 0", "--num_cases 0: must be 1 or more"),
         ("--maps -1", "--maps -1: must be 0 or more"),
+        ("--blocks one", "--blocks: invalid int value: 'one'"),
         ("gone/model --data arithmetic", "--model gone/model: cannot be loaded"),
         ("Qwen/Qwen3-4B", "--data: needed"),
     ],

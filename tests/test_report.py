@@ -692,6 +692,7 @@ def test_browser_a_cell_of_the_map_tells_its_five_likeliest_tokens(lens, policy,
         opened.point_at(f"#map tbody tr:nth-child({depth}) td:nth-child(3)")
         title = opened.texts("#map-cell p")[0]
         assert title.startswith(f"{names[depth - 1]}, {lens} lens")
+        assert opened.value("document.querySelector('#map-cell a').hash") == f"#def-{lens}-lens"
         assert float(re.findall(r"entropy (\S+) nats", title)[0]) == pytest.approx(row["entropy"][1], abs=1e-3)
         shown = [float(text.removesuffix("%")) for text in opened.texts("#map-cell td:nth-child(2)")]
         assert shown == pytest.approx([100 * value for value in row["probabilities"][1]], abs=0.051)

@@ -848,7 +848,7 @@ function tellCell(cell, map, cells, t, name) {
   const title = make(
     "p",
     {},
-    make("b", { textContent: `${name}, ${lens} lens` }),
+    make("b", {}, `${name}, `, term(`${lens} lens`)),
     `, where token ${t + 1}, `,
     make("code", { className: "mono", textContent: inline(data.spelled[map.tokens[t]]) }),
     ", was written: ",
