@@ -26,6 +26,7 @@ import argparse
 import copy
 import json
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -307,6 +308,7 @@ def draw_summary(result):
     title = f"{result['patched']}, patched with {result['other']}"
     axis.set(title=title, xlabel="block k, 0-based, after which one position is patched")
     axis.set_ylabel("largest effect of a position (nats)")
+    axis.margins(y=0.08)  # the gap's line shall not lie on the frame
     figures.legend_below(figure, axis, 2)
     return figure
 
@@ -315,7 +317,8 @@ def draw_case(tokenizer, case, effect, blocks):
     """Block x token map of one case: red where the patch makes what is wanted likelier, blue where less likely."""
     positions = case.positions()
     height = 2.2 + max(1.8, 0.16 * len(blocks))
-    figure, axes = figures.panels(1, 1, max(6.5, 2 + 0.2 * len(positions)), height)
+    width = max(6.5, 2 + 0.2 * len(positions))
+    figure, axes = figures.panels(1, 1, width, height)
     axis = axes[0][0]
     largest = float(effect.abs().max()) or 1.0
     image = axis.imshow(effect, aspect="auto", origin="lower", vmin=-largest, vmax=largest, cmap="RdBu_r")
@@ -330,7 +333,8 @@ def draw_case(tokenizer, case, effect, blocks):
     rows = range(0, len(blocks), -(-len(blocks) // 15))
     axis.set_yticks(rows, [blocks[row] for row in rows])
     axis.set(xlabel="token that is read there \u2190 what the other run reads instead")
-    axis.set(ylabel="block k, 0-based", title=case.problem[-90:])
+    axis.set_ylabel("block k, 0-based")
+    axis.set_title(textwrap.fill(case.problem[-200:], int(8 * width)), fontsize=11)  # 8 letters an inch
     figure.colorbar(image, ax=axis, label="effect on log-prob (nats)", pad=0.01)
     return figure
 
