@@ -2251,9 +2251,8 @@ MUTANTS = [
     ),
     (
         "analyze_lens.py",
-        '    "system_prompt",\n    "chat_template_kwargs",\n    "max_prompt_length",\n    "max_completion_length",\n'
-        '    "temperature",\n    "num_samples",\n',
-        '    "temperature",\n    "num_samples",\n',
+        "for name in DECISIVE}",
+        'for name in DECISIVE if name != "system_prompt"}',
         "test_analyze_lens.py",
         "a training is gone on with on answers to other prompts",
     ),
