@@ -132,6 +132,7 @@ class Training:
         self.model = model
         self.folder = folder
         self.args = args
+        self.fingerprint = fingerprint(model)
         self.lens = new_lens(model)
         self.optimizer = torch.optim.Adam(self.lens.parameters(), lr=args.learning_rate)
         self.step = 0
@@ -140,7 +141,7 @@ class Training:
     def save(self):
         """What a later call needs to go on, whole or not at all."""
         state = dict(
-            fingerprint=fingerprint(self.model),
+            fingerprint=self.fingerprint,
             facts=facts_of(self.args),
             lens=self.lens.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -159,7 +160,7 @@ class Training:
             return
         with explain(f"{file}: cannot be read", "delete it to start again"):
             state = torch.load(file, self.model.device, weights_only=True)
-        if state["fingerprint"] != fingerprint(self.model) or state["facts"] != facts_of(self.args):
+        if state["fingerprint"] != self.fingerprint or state["facts"] != facts_of(self.args):
             return
         self.lens.load_state_dict(state["lens"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -15,8 +15,6 @@ from plumbing.errors import UserError
 from plumbing.models import backbone_of
 from plumbing.options import EMBEDDED_MODEL
 
-LOOKED_AT = 256  # weights of every parameter, the first so many, that tell one model from another
-
 
 class TunedLens(torch.nn.Module):
     """An affine map x -> x + weight_k x + bias_k of the stream behind every block k of L but the last, in fp32.
@@ -47,11 +45,12 @@ def new_lens(model):
 
 
 def fingerprint(model):
-    """A text that another model, or the same one after a training step, does not have."""
+    """A hash of all weights, which no other model has: not the same one after a training step, or in another dtype."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        found.update(f"{name} {tuple(parameter.shape)}".encode())
-        found.update(parameter.detach().flatten()[:LOOKED_AT].float().cpu().numpy().tobytes())
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        weights = parameter.detach().cpu().flatten()
+        found.update(weights.view(torch.uint8).numpy())  # numpy has no bf16
     return found.hexdigest()
 
 

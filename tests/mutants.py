@@ -2292,6 +2292,13 @@ MUTANTS = [
         "a model trained further is read through the lens of the one before",
     ),
     (
+        "plumbing/tuned_lens.py",
+        "parameter.detach().cpu().flatten()",
+        "parameter.detach().cpu().flatten()[:256]",
+        "test_analyze_lens.py",
+        "a model that was changed in its last rows only is read through the lens of the one before",
+    ),
+    (
         "plumbing/streams.py",
         "stream[rows, positions] = states",
         "stream[:, positions] = states",

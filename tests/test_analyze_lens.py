@@ -287,8 +287,15 @@ def test_the_lens_of_other_weights_is_refused(tmp_path):
     model = tiny_model()
     save_lens(drawn_lens(model), tmp_path, model, {})
     before = fingerprint(model)
-    model.model.layers[3].mlp.down_proj.weight.data[0, 0] += 1e-3
-    assert fingerprint(model) != before
+    for row in (0, -1):
+        weight = model.model.layers[3].mlp.down_proj.weight.data[row]
+        old = weight.clone()
+        weight[row] += 1e-3
+        assert fingerprint(model) != before
+        weight.copy_(old)
+    assert fingerprint(model) == before
+    assert fingerprint(tiny_model().bfloat16()) != before
+    weight[-1] += 1e-3
     with pytest.raises(UserError, match="lens of other weights; analyze_lens.py --overwrite"):
         load_lens(tmp_path, model)
 
