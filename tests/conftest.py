@@ -1,7 +1,7 @@
 """Fixtures of all tests. What tests call by name is in helpers.py; where a test goes, tests/README.md says.
 
-No test needs a network or a GPU, and none writes outside its own temporary folder. A test that takes long carries the
-mark `slow` and runs only with `pytest -m slow`; one of those fetches a real model if it can, and is xfailed if not.
+No test needs a GPU, and none writes outside its own temporary folder. A test that takes long carries the mark `slow`
+and runs only with `pytest -m slow`. One of those needs a network: it fetches a real model.
 """
 
 import os
