@@ -21,16 +21,13 @@ mean comes with its standard error (see plumbing/clusters.py): tokens of one ans
     python analyze_entropy.py HuggingFaceTB/SmolLM2-135M --data words --norm --max_positions 500      # no GPU: minutes
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import re
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import plumbing.start  # noqa: F401, first: --help and Ctrl-C while the libraries load
 import torch
@@ -42,24 +39,12 @@ import common
 import tasks
 from plumbing import figures
 from plumbing.clusters import clustered_mean
-from plumbing.errors import UserError, explain, one_line_errors
-from plumbing.files import check_folder, write_json
+from plumbing.errors import UserError, one_line_errors
+from plumbing.files import check_folder, make_output_folder, write_json
 from plumbing.models import backbone_of, encode, load_model, tokenize_problems
-from plumbing.options import Parser, add_shared_options, check_shared_options, is_embedded, without_help
+from plumbing.options import ASKING, add_shared_options, analysis_parser, parse_for_models, refuse_below
 from tasks.data_files import problem_from_row, read_rows
 
-# Options that mean here what they mean to the training scripts.
-SHARED = (
-    "system_prompt",
-    "chat_template_kwargs",
-    "max_prompt_length",
-    "max_completion_length",
-    "temperature",
-    "max_rollout_tokens",
-    "device",
-    "dtype",
-    "seed",
-)
 # Overrides of the defaults when all models are embedded ones.
 EMBEDDED = dict(data=tasks.DEFAULT, system_prompt="", max_completion_length=64)
 
@@ -835,11 +820,7 @@ def draw_training(start, later):
 
 def parse(argv=None):
     """Command line -> namespace. Raises UserError for unknown options and bad values."""
-    parser = Parser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = analysis_parser(__doc__)
     add = parser.add_argument
     add("models", nargs="*", default=["embedded"], help="run folders, checkpoints, hub ids, 'embedded'")
     source = parser.add_mutually_exclusive_group()
@@ -851,17 +832,9 @@ def parse(argv=None):
     add("--answer", type=int, default=0, help="which answer the heat map shows, from 0")
     add("--output_dir", default="runs/entropy", help="folder of entropy.json and the figures")
     add("--micro_batch_tokens", type=int, default=2**15, help="tokens x blocks per forward pass: bounds activations")
-    add_shared_options(parser, SHARED)
-    words = sys.argv[1:] if argv is None else argv
-    models = parser.parse_known_args(without_help(words))[0].models
-    if all(is_embedded(model) for model in models):
-        parser.set_defaults(**EMBEDDED)
-    args = parser.parse_args(words)
-    check_shared_options(args, (*SHARED, "micro_batch_tokens"))
-    for name, low in (("num_samples", 1), ("max_positions", 0), ("answer", 0)):
-        value = getattr(args, name)
-        if value < low:
-            parser.error(f"--{name} {value}: must be {low} or more")
+    add_shared_options(parser, ASKING)
+    args = parse_for_models(parser, argv, lambda found: found.models, EMBEDDED, (*ASKING, "micro_batch_tokens"))
+    refuse_below(parser, args, dict(num_samples=1, max_positions=0, answer=0))
     if not (args.data or args.completions):
         parser.error("--data: needed; only embedded models have a default")
     return args
@@ -974,9 +947,7 @@ def main(args):
         import sft
 
         sft.ensure_embedded()
-    folder = Path(args.output_dir)
-    with explain(f"--output_dir {folder}: cannot be written", "pass another folder", OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = make_output_folder(args.output_dir)
     results = []
     for path in in_order(args.models):
         results.append(look_at(path, args))

@@ -21,9 +21,7 @@ Errors are standard errors, clustered by answer (see plumbing/clusters.py).
     python analyze_lens.py HuggingFaceTB/SmolLM2-135M-Instruct --data words --max_steps 100     # no GPU: minutes
 """
 
-import argparse
-import sys
-from pathlib import Path
+import itertools
 
 import plumbing.start  # noqa: F401, first: --help and Ctrl-C while the libraries load
 import torch
@@ -36,25 +34,14 @@ import tasks
 from plumbing import figures
 from plumbing.clusters import clustered_mean
 from plumbing.errors import UserError, explain, one_line_errors
-from plumbing.files import check_folder, write_json
+from plumbing.files import check_folder, make_output_folder, write_json
 from plumbing.models import backbone_of, load_model
-from plumbing.options import Parser, add_shared_options, check_shared_options, is_embedded, without_help
+from plumbing.options import ASKING, add_shared_options, analysis_parser, parse_for_models, refuse_below
 from plumbing.streams import reading
 from plumbing.tuned_lens import fingerprint, lens_folder, load_lens, new_lens, save_lens
 
 # Options that mean here what they mean to the training scripts.
-SHARED = (
-    "system_prompt",
-    "chat_template_kwargs",
-    "max_prompt_length",
-    "max_completion_length",
-    "temperature",
-    "max_rollout_tokens",
-    "micro_batch_tokens",
-    "device",
-    "dtype",
-    "seed",
-)
+SHARED = (*ASKING, "micro_batch_tokens")
 # Overrides of the defaults when all models are embedded ones.
 EMBEDDED = dict(data=tasks.DEFAULT, system_prompt="", max_completion_length=64)
 
@@ -82,9 +69,19 @@ def log_policy(model, read, temperature):
     return F.log_softmax(common.head_logits(model, read) / temperature, dim=-1)
 
 
+def whole_policy(model, top_states, temperature):
+    """Log-probs [n, V] of the whole policy, from the stream after the last block [n, D]."""
+    return log_policy(model, backbone_of(model).norm(top_states), temperature)
+
+
+def kl_from_whole(logps, final_logps):
+    """KL(pi || lens) at n positions. logps of the lens, final_logps of the whole policy pi: [n, V] -> [n]."""
+    return (final_logps.exp() * (final_logps - logps)).sum(-1)
+
+
 def loss(logps, final_logps):
     """KL(pi || tuned_k), summed over positions. logps of the lens, final_logps of pi: [n, V] -> scalar."""
-    return (final_logps.exp() * (final_logps - logps)).sum()
+    return kl_from_whole(logps, final_logps).sum()
 
 
 def streams_of(model, rollouts, rows):
@@ -136,7 +133,6 @@ class Training:
         self.lens = new_lens(model)
         self.optimizer = torch.optim.Adam(self.lens.parameters(), lr=args.learning_rate)
         self.step = 0
-        self.losses = []  # of every step: the mean over its tokens and over the blocks
 
     def save(self):
         """What a later call needs to go on, whole or not at all."""
@@ -146,7 +142,6 @@ class Training:
             lens=self.lens.state_dict(),
             optimizer=self.optimizer.state_dict(),
             step=self.step,
-            losses=self.losses,
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "unfinished.tmp"
@@ -165,16 +160,17 @@ class Training:
         self.lens.load_state_dict(state["lens"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.losses = state["losses"]
         print(f"{file}: resuming after step {self.step}")
 
     def run(self, rollouts):
         """All steps that are left; each takes the next --batch_answers rows of rollouts."""
         args = self.args
         steps = range(self.step + 1, args.max_steps + 1)
-        for step in tqdm(steps, "training the lens", total=args.max_steps, initial=self.step, disable=None):
+        bar = tqdm(steps, "training the lens", total=args.max_steps, initial=self.step, disable=None)
+        for step in bar:
             rows = rows_of_step(step, len(rollouts.ids), args.batch_answers, args.seed)
-            self.losses.append(self.add_gradients(rollouts, rows))
+            mean_loss = self.add_gradients(rollouts, rows)
+            bar.set_postfix_str(f"KL {mean_loss:.3f} nats")
             for group in self.optimizer.param_groups:
                 group["lr"] = args.learning_rate * (1 - (step - 1) / args.max_steps)
             self.optimizer.step()
@@ -191,8 +187,7 @@ class Training:
         total = 0.0
         for piece in torch.arange(N, device=targets.device).split(CHUNK_TOKENS):
             with torch.no_grad():
-                last = read_through("normed", self.model, None, None, streams[-1][piece])
-                final_logps = log_policy(self.model, last, self.args.temperature)
+                final_logps = whole_policy(self.model, streams[-1][piece], self.args.temperature)
             for k in range(blocks_below):
                 read = read_through("tuned", self.model, self.lens, k, streams[k][piece])
                 share = loss(log_policy(self.model, read, self.args.temperature), final_logps) / N
@@ -270,14 +265,12 @@ def compare(model, lens, rollouts, args):
     for rows in common.micro_batches(rollouts, range(answers), args.micro_batch_tokens):
         streams, row_of, targets = streams_of(model, rollouts, rows)
         for piece in torch.arange(len(targets), device=targets.device).split(CHUNK_TOKENS):
-            last = read_through("normed", model, None, None, streams[-1][piece])
-            final_logps = log_policy(model, last, args.temperature)
-            for name in LENSES:
-                for k in range(L):
-                    read = read_through(name, model, lens, k, streams[k][piece])
-                    logps = log_policy(model, read, args.temperature)
-                    for kind, values in measure(logps, final_logps, targets[piece]).items():
-                        sums[name][kind][k].index_add_(0, row_of[piece].cpu(), values.double().cpu())
+            final_logps = whole_policy(model, streams[-1][piece], args.temperature)
+            for name, k in itertools.product(LENSES, range(L)):
+                read = read_through(name, model, lens, k, streams[k][piece])
+                logps = log_policy(model, read, args.temperature)
+                for kind, values in measure(logps, final_logps, targets[piece]).items():
+                    sums[name][kind][k].index_add_(0, row_of[piece].cpu(), values.double().cpu())
     tokens = rollouts.mask.sum(1).double().cpu()
     found = dict(tokens=int(tokens.sum()))
     for name in LENSES:
@@ -293,7 +286,7 @@ def measure(logps, final_logps, targets):
     targets [n]."""
     top = logps.argmax(-1)
     return dict(
-        kl=(final_logps.exp() * (final_logps - logps)).sum(-1),
+        kl=kl_from_whole(logps, final_logps),
         entropy=-(logps.exp() * logps).sum(-1),
         agrees=(top == final_logps.argmax(-1)).float(),
         sampled=(top == targets).float(),
@@ -363,11 +356,7 @@ def draw_curve(axis, found, name, style, lowest):
 
 def parse(argv=None):
     """Command line -> namespace. Raises UserError for unknown options and bad values."""
-    parser = Parser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = analysis_parser(__doc__)
     add = parser.add_argument
     add("models", nargs="*", default=["embedded"], help="run folders, checkpoints, hub ids, 'embedded'")
     add("--data", help="problems, as for the training scripts; for embedded models: arithmetic")
@@ -378,15 +367,8 @@ def parse(argv=None):
     add("--overwrite", action="store_true", help="train again what lies there")
     add("--output_dir", default="runs/lens", help="folder of lens.json and lens.png")
     add_shared_options(parser, SHARED)
-    words = sys.argv[1:] if argv is None else argv
-    models = parser.parse_known_args(without_help(words))[0].models
-    if all(is_embedded(model) for model in models):
-        parser.set_defaults(**EMBEDDED)
-    args = parser.parse_args(words)
-    check_shared_options(args, SHARED)
-    for name in ("num_samples", "max_steps", "batch_answers"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be 1 or more")
+    args = parse_for_models(parser, argv, lambda found: found.models, EMBEDDED, SHARED)
+    refuse_below(parser, args, dict(num_samples=1, max_steps=1, batch_answers=1))
     if not 0 < args.learning_rate < 1:
         parser.error(f"--learning_rate {args.learning_rate}: must be above 0 and below 1")
     if not args.data:
@@ -412,9 +394,7 @@ def main(args):
         import sft
 
         sft.ensure_embedded()
-    folder = Path(args.output_dir)
-    with explain(f"--output_dir {folder}: cannot be written", "pass another folder", OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = make_output_folder(args.output_dir)
     results = []
     for path in dict.fromkeys(args.models):
         results.append(look_at(path, args))

@@ -22,13 +22,10 @@ gap is the log-prob in the other run minus that without a patch: what there is t
     python analyze_patching.py Qwen/Qwen3-4B --data problems.jsonl --blocks 0 8 16 24 32 35 --num_cases 8
 """
 
-import argparse
 import copy
 import json
-import sys
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 import plumbing.start  # noqa: F401, first: --help and Ctrl-C while the libraries load
 import torch
@@ -39,28 +36,16 @@ import common
 import tasks
 from plumbing import figures
 from plumbing.clusters import clustered_mean
-from plumbing.errors import UserError, explain, one_line_errors
-from plumbing.files import check_folder, write_json
+from plumbing.errors import UserError, one_line_errors
+from plumbing.files import check_folder, make_output_folder, write_json
 from plumbing.kv_cache import growing_cache
 from plumbing.models import backbone_of, load_model, tokenize_problems
-from plumbing.options import Parser, add_shared_options, check_shared_options, is_embedded, without_help
+from plumbing.options import ASKING, add_shared_options, analysis_parser, parse_for_models, refuse_below
 from plumbing.streams import reading, replacing
 from tasks.answers import last_box
 
 # Options that mean here what they mean to the training scripts.
-SHARED = (
-    "system_prompt",
-    "chat_template_kwargs",
-    "max_prompt_length",
-    "max_completion_length",
-    "temperature",
-    "max_rollout_tokens",
-    "micro_batch_tokens",
-    "grade_timeout",
-    "device",
-    "dtype",
-    "seed",
-)
+SHARED = (*ASKING, "micro_batch_tokens", "grade_timeout")
 # Overrides of the defaults when all models are embedded ones.
 EMBEDDED = dict(data=tasks.DEFAULT, system_prompt="", max_completion_length=64)
 
@@ -346,11 +331,7 @@ def draw_case(tokenizer, case, effect, blocks):
 
 def parse(argv=None):
     """Command line -> namespace. Raises UserError for unknown options and bad values."""
-    parser = Parser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = analysis_parser(__doc__)
     add = parser.add_argument
     add("model", nargs="?", default="embedded", help="the model that is patched: run folder, hub id, 'embedded'")
     add("other", nargs="?", help="the model whose stream is put in; without it, right and wrong answers of the first")
@@ -361,15 +342,8 @@ def parse(argv=None):
     add("--maps", type=int, default=2, help="cases, the first so many, that are drawn token by token")
     add("--output_dir", default="runs/patching", help="folder of patching.json and the figures")
     add_shared_options(parser, SHARED)
-    words = sys.argv[1:] if argv is None else argv
-    known = parser.parse_known_args(without_help(words))[0]
-    if is_embedded(known.model) and (known.other is None or is_embedded(known.other)):
-        parser.set_defaults(**EMBEDDED)
-    args = parser.parse_args(words)
-    check_shared_options(args, SHARED)
-    for name, low in (("num_cases", 1), ("num_samples", 1), ("maps", 0)):
-        if getattr(args, name) < low:
-            parser.error(f"--{name} {getattr(args, name)}: must be {low} or more")
+    args = parse_for_models(parser, argv, lambda found: [found.model, found.other or found.model], EMBEDDED, SHARED)
+    refuse_below(parser, args, dict(num_cases=1, num_samples=1, maps=0))
     if not args.data:
         parser.error("--data: needed; only embedded models have a default")
     return args
@@ -436,9 +410,7 @@ def main(args):
         import sft
 
         sft.ensure_embedded()
-    folder = Path(args.output_dir)
-    with explain(f"--output_dir {folder}: cannot be written", "pass another folder", OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = make_output_folder(args.output_dir)
     result, tokenizer, cases, found = look(args)
     write_json(folder / "patching.json", dict(args=vars(args), **result))
     drawn = {"patching": draw_summary(result)}

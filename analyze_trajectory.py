@@ -46,27 +46,14 @@ from plumbing import figures, verifier
 from plumbing.errors import UserError, explain, one_line_errors
 from plumbing.files import check_folder, is_step, write_json
 from plumbing.models import backbone_of, load_model, tokenize_problems
-from plumbing.options import Parser, add_shared_options, check_shared_options, is_embedded
+from plumbing.options import ASKING, Parser, add_shared_options, check_shared_options, is_embedded, refuse_below
 from plumbing.statistics import quartiles
 from tasks.answers import last_boxed
 from tasks.behaviours import BEHAVIOURS, count_behaviours
 from tasks.data_files import fields_of, problem_from_row, read_rows
 
 # Options that mean here what they mean to the training scripts.
-SHARED = (
-    "system_prompt",
-    "chat_template_kwargs",
-    "max_prompt_length",
-    "max_completion_length",
-    "temperature",
-    "max_rollout_tokens",
-    "micro_batch_tokens",
-    "device",
-    "dtype",
-    "grade_timeout",
-    "max_grader_errors",
-    "seed",
-)
+SHARED = (*ASKING, "micro_batch_tokens", "grade_timeout", "max_grader_errors")
 # Overrides of the defaults for an embedded model. Its answers stand right behind a ';', or at the very beginning.
 EMBEDDED = dict(
     data=tasks.DEFAULT,
@@ -1062,10 +1049,7 @@ def parse(argv=None):
 
 def check_numbers(parser, args):
     """Raise UserError for a number out of its bounds."""
-    for name, low in LOWEST.items():
-        value = getattr(args, name, None)
-        if value is not None and not low <= value < math.inf:
-            parser.error(f"--{name} {value}: must be {low} or more")
+    refuse_below(parser, args, LOWEST)
     if getattr(args, "points", 0) > MOST_POINTS:
         parser.error(f"--points {args.points}: must be at most {MOST_POINTS}")
     for share in getattr(args, "percent", []):

@@ -45,7 +45,16 @@ from plumbing import figures, samples, verifier
 from plumbing.errors import UserError, explain, one_line_errors
 from plumbing.files import append_jsonl, check_folder, lock_folder, read_json, read_log, write_json, write_text
 from plumbing.models import load_model, tokenize_problems
-from plumbing.options import LARGEST, LOWEST_TEMPERATURE, MOST_SAMPLES, Parser, RunArgs, add_shared_options, is_embedded
+from plumbing.options import (
+    LARGEST,
+    LOWEST_TEMPERATURE,
+    MOST_SAMPLES,
+    Parser,
+    RunArgs,
+    add_shared_options,
+    is_embedded,
+    refuse_below,
+)
 from plumbing.runs import experiment, find_run, is_number, labels_of, start_of_chain, training_seconds
 from plumbing.statistics import bootstrap, mean_interval
 from plumbing.tables import markdown_table
@@ -778,10 +787,7 @@ def parse(argv=None):
 
 def check_numbers(parser, args):
     """Raise UserError for a number out of its bounds."""
-    for name, low in (("num_samples", 1), ("num_problems", 0)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            parser.error(f"--{name} {value}: must be {low} or more")
+    refuse_below(parser, args, dict(num_samples=1, num_problems=0))
     if args.num_samples > MOST_SAMPLES:
         parser.error(f"--num_samples {args.num_samples}: must be at most {MOST_SAMPLES}")
     for temperature in args.temperatures:

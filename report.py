@@ -16,7 +16,6 @@ With several runs the curves are laid over each other; answers and models are th
     python report.py runs/qwen3-4b --answers 0 --problems 0     # loads no model
 """
 
-import argparse
 import functools
 import json
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from plumbing import figures, pages
 from plumbing.errors import UserError, explain, one_line_errors
 from plumbing.files import parsed_record, read_json, read_log, write_text
 from plumbing.models import backbone_of, load_model, tokenize_problems
-from plumbing.options import Parser, add_shared_options, check_shared_options, is_embedded
+from plumbing.options import add_shared_options, analysis_parser, check_shared_options, is_embedded, refuse_below
 from plumbing.runs import is_number, labels_of, step_of
 from plumbing.samples import is_text
 from plumbing.tuned_lens import lens_folder, load_lens
@@ -585,7 +584,9 @@ def lenses_of(models, paths, notes):
     """For each model, by name: name of a lens -> function(model, states [T, D], block) -> what the unembedding reads;
     block -1 is the embedding. The page shows a button for each. The tuned lens is there where analyze_lens.py has
     trained one for every model."""
-    lenses = {name: {"raw": raw_lens, "normed": normed_lens} for name in models}
+    lenses = {}
+    for name in models:
+        lenses[name] = {"raw": raw_lens, "normed": normed_lens}
     tuned = {}
     try:
         for name, model in models.items():
@@ -686,11 +687,7 @@ def describe_policies(run, groups, places, args, notes):
 
 def parse(argv=None):
     """Command line -> namespace. Raises UserError for unknown options and bad values."""
-    parser = Parser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = analysis_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", help="run folders; answers and models are shown of the first")
     add("--completions", type=int, default=50_000, help="answers of training in the page; of more, whole groups")
@@ -701,10 +698,7 @@ def parse(argv=None):
     add_shared_options(parser, SHARED)
     args = parser.parse_args(argv)
     check_shared_options(args, SHARED)
-    for name, low in (("completions", 1), ("answers", 0), ("problems", 0), ("maps", 0), ("answer_tokens", 1)):
-        value = getattr(args, name)
-        if value < low:
-            parser.error(f"--{name} {value}: must be {low} or more")
+    refuse_below(parser, args, dict(completions=1, answers=0, problems=0, maps=0, answer_tokens=1))
     if len(args.runs) > MOST_RUNS:
         parser.error(f"{len(args.runs)} runs: at most {MOST_RUNS} curves can be told apart")
     return args

@@ -38,6 +38,14 @@ def check_folder(folder, files=()):
             raise UserError(f"{path}: is no file, but one will be written there; move it, or pass another --output_dir")
 
 
+def make_output_folder(folder):
+    """Make --output_dir if it is not there -> its path. Raises UserError if it cannot be made."""
+    path = Path(folder)
+    with explain(f"--output_dir {path}: cannot be written", "pass another folder", OSError):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def exists(path):
     """True for anything of that name, a link that leads nowhere among it. Raises OSError, for a name too long, say."""
     try:

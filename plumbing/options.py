@@ -346,3 +346,51 @@ def add_shared_options(parser, names, suffix="", defaults=True):
 def check_shared_options(args, names):
     """Raise UserError if one of these options of a namespace has a value that RunArgs refuses."""
     RunArgs(**{name: getattr(args, name) for name in names})
+
+
+# What every analysis that samples answers shares with the training scripts.
+ASKING = (
+    "system_prompt",
+    "chat_template_kwargs",
+    "max_prompt_length",
+    "max_completion_length",
+    "temperature",
+    "max_rollout_tokens",
+    "device",
+    "dtype",
+    "seed",
+)
+
+
+def analysis_parser(docstring):
+    """A parser described by the first line of a script's docstring."""
+    return Parser(
+        description=docstring.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse_for_models(parser, argv, models_of, EMBEDDED, shared):
+    """Command line -> namespace. Raises UserError for what cannot be understood or is out of bounds.
+
+    argv: a list of words, None for those that the script was called with. models_of: a function, namespace -> the
+    models that it names. EMBEDDED: the defaults if all of them are embedded ones. shared: the names that
+    `add_shared_options` was given.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    models = models_of(parser.parse_known_args(without_help(words))[0])
+    if all(is_embedded(model) for model in models):
+        parser.set_defaults(**EMBEDDED)
+    args = parser.parse_args(words)
+    check_shared_options(args, shared)
+    return args
+
+
+def refuse_below(parser, args, lowest):
+    """Raise UserError for an option below its lowest value, or not finite. lowest: by name. An option that is not
+    there, or is None, is passed over."""
+    for name, low in lowest.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value < math.inf:
+            parser.error(f"--{name} {value}: must be {low} or more")

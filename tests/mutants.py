@@ -2202,8 +2202,8 @@ MUTANTS = [
     # analyze_lens.py, analyze_patching.py, report.py and what stands under them
     (
         "analyze_lens.py",
-        "(final_logps.exp() * (final_logps - logps)).sum()",
-        "(logps.exp() * (logps - final_logps)).sum()",
+        "(final_logps.exp() * (final_logps - logps)).sum(-1)",
+        "(logps.exp() * (logps - final_logps)).sum(-1)",
         "test_analyze_lens.py",
         "the translators are trained by the KL of the other direction",
     ),
