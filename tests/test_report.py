@@ -447,11 +447,15 @@ def browser():
 
 @pytest.fixture(scope="module")
 def real_page(run_folder, tmp_path_factory):
-    """(run folder, data of its page), with plotly: two runs, the second on other data and with one warning."""
+    """(run folder, data of its page), with plotly: two runs, the first with tuned lenses, the second on other data and
+    with one warning."""
     folder = tmp_path_factory.mktemp("browser")
     first = Path(shutil.copytree(run_folder, folder / "bupo"))
     other = Path(shutil.copytree(run_folder, folder / "other <b>"))
     args = json.loads((other / "args.json").read_text())
+    args["model"] = str(shutil.copytree(args["model"], folder / "start"))
+    (first / "args.json").write_text(json.dumps(args))
+    saved_lenses(first)
     (other / "args.json").write_text(json.dumps(args | dict(data="<i>words</i>", learning_rate=0.5)))
     records = read_jsonl(other / "metrics.jsonl")
     records[-1]["entropy"] = 1e-5
@@ -678,7 +682,7 @@ def test_browser_before_and_after_agree_with_the_data(opened, real_page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lens", ["raw", "normed"])
+@pytest.mark.parametrize("lens", ["raw", "normed", "tuned"])
 @pytest.mark.parametrize("policy", ["end", "start"])
 def test_browser_a_cell_of_the_map_tells_its_five_likeliest_tokens(lens, policy, opened, real_page):
     _, data = real_page
