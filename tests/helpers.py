@@ -40,6 +40,11 @@ FAMILIES = {
     "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
 }
 
+# All with two query heads per key-value head; Qwen3 with its norms on queries and keys, Qwen2 with biases.
+KINDS = pytest.mark.parametrize(
+    "family, tied", [("qwen3", True), ("qwen3", False), ("qwen2", True), ("llama", True), ("llama", False)]
+)
+
 
 def tiny_model(family="qwen3", tied=True, seed=0, **overrides):
     """A random fp32 model in evaluation mode: 4 blocks, width 32, two query heads per key-value head, embedded tokens.
@@ -68,6 +73,18 @@ def tiny_model(family="qwen3", tied=True, seed=0, **overrides):
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
     return model.eval()
+
+
+def random_answers(n=5, longest=9, seed=0):
+    """n prompts and completions of random tokens and different lengths -> (prompts, completions, Rollouts)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length):
+        return torch.randint(6, len(TOKENIZER), (length,), generator=generator).tolist()
+
+    prompts = [tokens(2 + i % 4) for i in range(n)]
+    completions = [tokens(longest - i % longest) for i in range(n)]
+    return prompts, completions, common.assemble(prompts, completions, 0, "cpu")
 
 
 TOKENIZER = sft.embedded_tokenizer()

@@ -10,7 +10,7 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOKENIZER, run_script, tiny_model, write_jsonl
+from helpers import KINDS, TOKENIZER, random_answers, run_script, tiny_model, write_jsonl
 from matplotlib.colors import same_color
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,23 +25,6 @@ from analyze_entropy import analyze, boundary_layer, choose_positions, stages
 from plumbing import figures
 from plumbing.clusters import clustered_mean
 from plumbing.errors import UserError
-
-# All with two query heads per key-value head; Qwen3 with its norms on queries and keys, Qwen2 with biases.
-KINDS = pytest.mark.parametrize(
-    "family, tied", [("qwen3", True), ("qwen3", False), ("qwen2", True), ("llama", True), ("llama", False)]
-)
-
-
-def random_answers(n=5, longest=9, seed=0):
-    """n prompts and completions of random tokens and different lengths -> (prompts, completions, Rollouts)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(length):
-        return torch.randint(6, len(TOKENIZER), (length,), generator=generator).tolist()
-
-    prompts = [tokens(2 + i % 4) for i in range(n)]
-    completions = [tokens(longest - i % longest) for i in range(n)]
-    return prompts, completions, common.assemble(prompts, completions, 0, "cpu")
 
 
 def left_padded(rollouts):

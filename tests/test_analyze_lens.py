@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOKENIZER, run_script, tiny_model
-from test_analyze_entropy import KINDS, random_answers
+from helpers import KINDS, TOKENIZER, random_answers, run_script, tiny_model
 
 import analyze_lens
 import common

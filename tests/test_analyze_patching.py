@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOKENIZER, run_script, tiny_model
-from test_analyze_entropy import KINDS
+from helpers import KINDS, TOKENIZER, run_script, tiny_model
 
 import analyze_patching
 import common
