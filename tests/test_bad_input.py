@@ -41,7 +41,16 @@ ANSWERS = [
 # Names of outputs that a folder bears, each in a folder of its own under folders/.
 OCCUPIED = (
     *("results.json", "results.md", "pass_at_k.png", "temperatures.png", "training_curves.png"),
-    *("entropy.json", "1_flow.png", "3_answer_model.png", "descent.json", "layers.png", "prune.png"),
+    *(
+        "entropy.json",
+        "lens.json",
+        "patching.json",
+        "1_flow.png",
+        "3_answer_model.png",
+        "descent.json",
+        "layers.png",
+        "prune.png",
+    ),
     *("landscape.json", "behaviours.png", "logits.json", "gradient_variance.png"),
 )
 LOGGED = dict(step=1, text="", reward=0.0, length=0)  # of completions.jsonl, as far as it is counted
@@ -379,6 +388,18 @@ WHOLE = [
     ("analyze_entropy.py model --output_dir file/below", "file is no folder"),
     ("analyze_entropy.py model --output_dir /dev/null", "/dev/null is no folder"),
     ("analyze_entropy.py model --output_dir=", "--output_dir '': names no folder"),
+    ("analyze_lens.py model --max_steps 0", "--max_steps 0: must be 1 or more"),
+    ("analyze_lens.py model --batch_answers 0", "--batch_answers 0: must be 1 or more"),
+    ("analyze_lens.py model --learning_rate 2", "--learning_rate 2.0: must be above 0"),
+    ("analyze_lens.py gone/model --data arithmetic", "--model gone/model: cannot be loaded"),
+    ("analyze_lens.py Qwen/Qwen3-4B", "--data: needed"),
+    ("analyze_lens.py model --output_dir folders/lens.json", "lens.json/lens.json: is no file"),
+    ("analyze_patching.py model --num_cases 0", "--num_cases 0: must be 1 or more"),
+    ("analyze_patching.py model --maps -1", "--maps -1: must be 0 or more"),
+    ("analyze_patching.py model --blocks one", "--blocks: invalid int value: 'one'"),
+    ("analyze_patching.py gone/model --data arithmetic", "--model gone/model: cannot be loaded"),
+    ("analyze_patching.py Qwen/Qwen3-4B", "--data: needed"),
+    ("analyze_patching.py model --output_dir folders/patching.json", "patching.json/patching.json: is no file"),
     ("analyze_trajectory.py", "arguments are required"),
     ("analyze_trajectory.py descend embedded", "descend"),
     ("analyze_trajectory.py descent no/such/folder --data arithmetic", "no/such/folder"),
