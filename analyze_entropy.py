@@ -37,7 +37,7 @@ from tqdm import tqdm
 import bookkeeping
 import common
 import tasks
-from plumbing import figures
+from plumbing import distributed, figures
 from plumbing.clusters import clustered_mean
 from plumbing.errors import UserError, one_line_errors
 from plumbing.files import check_folder, make_output_folder, write_json
@@ -518,6 +518,7 @@ def read_completion(tokenizer, where, row):
     return ids
 
 
+@distributed.each_by_itself()
 def auto_layer(args):
     """For `bupo.py --internal_layer auto`: the boundary layer of --model on 64 training problems, with bupo's options,
     under the lens that phase one trains. Raises UserError if there is none.

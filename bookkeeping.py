@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import common
 import tasks
-from plumbing import figures, verifier
+from plumbing import distributed, figures, processes, verifier
 from plumbing.blocks import rate_factors, train_only
 from plumbing.errors import UserError, close_progress_bars, explain
 from plumbing.files import (
@@ -91,11 +91,13 @@ class Run:
     def __init__(self, args):
         """Look at the run folder; nothing is written. Raises UserError if it belongs to another run, or is --model, or
         if another process is at work there."""
+        distributed.start(args)
         self.args = args
         self.folder = Path(args.output_dir)
         self.stepping = False  # whether a step has begun
         self.shown = ""  # on the progress bar, of the last step
         self.stop_signal = None  # the number of the signal that asked this run to stop
+        self.agreed_signal = 0  # the same as `save` has found it, in every process
         self.warnings = {}  # of a fault, the line that was shown
         self.carried = {}  # optimizers whose state goes into every checkpoint, by the names of their files
         check_folder(args.output_dir, FILES)
@@ -109,6 +111,7 @@ class Run:
         self.checkpoint = max([self.folder, *self.folder.glob("checkpoint-*")], key=step_of)
         self.start = 0 if args.overwrite else step_of(self.checkpoint)
         self.resumed = self.start > 0
+        distributed.refuse_other_folder(args.output_dir, self.start)
         if args.overwrite:
             return
         if (self.folder / "args.json").is_file():
@@ -167,7 +170,7 @@ class Run:
     def exit_if_finished(self):
         """End the program, status 0, if the folder holds a run that has taken all of its steps."""
         if self.finished:
-            if not (self.folder / "curves.png").exists():  # the run was killed while it drew them
+            if processes.is_first() and not (self.folder / "curves.png").exists():  # killed while it drew them
                 figures.draw_curves(self.folder)
             print(f"{self.folder}: finished; --overwrite trains again, --output_dir elsewhere")
             sys.exit()
@@ -243,10 +246,11 @@ class Run:
         """Make the folder ready: a new run deletes a former run's files, a resumed one cuts its logs off behind the
         checkpoint. Raises UserError if it cannot be written."""
         self.report = reporter(self.args)
+        distributed.wait()  # until every process has read what lies there
         with explain(f"--output_dir {self.folder}: cannot be written", "pass another folder", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(self.folder)
-            if not self.resumed:
+            if not self.resumed and processes.is_first():
                 self.delete_former_run()
             described = dict(script=script_of(self.args), **vars(self.args), versions=versions())
             write_json(self.folder / "args.json", described)
@@ -433,7 +437,7 @@ class Run:
         best = 0.0
         for record in read_log(self.folder / "metrics.jsonl"):
             best = max(best, record.get("validation_accuracy") or 0.0)
-        if found["accuracy"] > best:
+        if found["accuracy"] > distributed.of_first(best):
             self.write_model(self.folder / "best", step)
         return found["accuracy"]
 
@@ -449,23 +453,24 @@ class Run:
     def save(self, step):
         """A checkpoint where due, or when a signal came; older ones than --save_total_limit are deleted."""
         args = self.args
+        self.agreed_signal = distributed.largest(self.stop_signal or 0)
         due = args.save_steps and step % args.save_steps == 0 and step < args.max_steps
-        if not due and not self.stop_signal:
+        if not due and not self.agreed_signal:
             return
         self.write_model(self.folder / f"checkpoint-{step}", step)
-        whole = [path for path in self.folder.glob("checkpoint-*") if step_of(path)]
-        whole.sort(key=step_of)
-        if args.save_total_limit:
+        if args.save_total_limit and processes.is_first():
+            whole = [path for path in self.folder.glob("checkpoint-*") if step_of(path)]
+            whole.sort(key=step_of)
             for path in whole[: -args.save_total_limit]:
                 shutil.rmtree(path)
 
     def exit_if_interrupted(self, step):
         """After a signal: say how to resume and end the program with the signal's exit status."""
-        if self.stop_signal:
+        if self.agreed_signal:
             self.bar.close()
             self.repeat_warnings()
             print(f"stopped after step {step}; the same command resumes from {self.folder}", file=sys.stderr)
-            sys.exit(128 + self.stop_signal)
+            sys.exit(128 + self.agreed_signal)
 
     def repeat_warnings(self):
         sys.stderr.writelines(f"{warning}\n" for warning in self.warnings.values())
@@ -473,6 +478,8 @@ class Run:
     def write_model(self, folder, step):
         """A `from_pretrained` folder with tokenizer, optimizers and the step after which it was written: whole or not
         at all, since it gets its name only when everything is on the disk. Raises UserError if the disk is full."""
+        if not processes.is_first():
+            return
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         remedy = "make room or make it writable, then repeat the command to go on from the checkpoint before"
@@ -495,18 +502,23 @@ class Run:
 
     def finish(self):
         """Model, tokenizer and optimizers into the run folder itself, then the curves."""
+        self.write_model(self.folder / "final", max(self.start, self.args.max_steps))
+        if processes.is_first():
+            self.move_final_model()
+            figures.draw_curves(self.folder)
+        distributed.wait()
+        self.release_signals()
+        self.repeat_warnings()
+        self.say_what_came_out()
+
+    def move_final_model(self):
         final = self.folder / "final"
-        self.write_model(final, max(self.start, self.args.max_steps))
         (self.folder / "trainer_state.json").unlink(missing_ok=True)
         for path in sorted(final.iterdir()):  # trainer_state.json marks a finished run: it is the last to move
             shutil.rmtree(self.folder / path.name, ignore_errors=True)  # of a folder: some tokenizers' chat templates
             os.replace(path, self.folder / path.name)
         final.rmdir()
         sync(self.folder)
-        figures.draw_curves(self.folder)
-        self.release_signals()
-        self.repeat_warnings()
-        self.say_what_came_out()
 
     def say_what_came_out(self):
         """Accuracy before and after, the time it took, what lies in the folder, and what to look at next."""
@@ -568,6 +580,7 @@ def kl_between(model, other, rollouts, micro_batch_tokens, temperature=1.0):
         x = (other_logps - logps).clamp(-20, 20)
         k3 = x.exp() - x - 1
         total += float((k3 * rollouts.mask[rows]).sum())
+    total = distributed.summed(dict(nats=total))["nats"]
     return total / float(rollouts.mask.sum())
 
 
@@ -589,7 +602,7 @@ def peak_memory_gb(device):
 
 def reporter(args):
     """A function (record, step=...) that logs to --report_to. Raises UserError if that package is not installed."""
-    if args.report_to == "none":
+    if args.report_to == "none" or not processes.is_first():
         return lambda record, step: None
     with explain(f"--report_to {args.report_to}: not installed", "pip install it, or take none", ImportError):
         tracker = __import__(args.report_to)

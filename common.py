@@ -4,6 +4,7 @@ An algorithm file and this one say how every number of a weight update came abou
 what it does: `encode` turns a prompt into token ids by the chat template, `backbone_of(model)` is the model without its
 head (its blocks `layers` and its final `norm`), `growing_cache` keeps keys and values of the tokens read so far, and
 `optimizer.step()` scales the gradient down to --max_grad_norm, takes an AdamW step in fp32 and clears the gradients.
+Calls of `distributed` deal work out where torchrun has started several processes; in one they hand back what they get.
 
 Shapes, here and everywhere: B sequences, P prompts, G samples per prompt (B = P*G, prompt-major: all samples of prompt
 0 first), T tokens, V vocabulary, L layers, D width. Natural logarithms; entropies in nats.
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import verifier
+from plumbing import distributed, verifier
 from plumbing.errors import UserError
 from plumbing.kv_cache import growing_cache
 from plumbing.models import backbone_of, encode, end_token_ids
@@ -68,9 +69,8 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     """n completions per prompt from the policy itself -> Rollouts with B = len(prompts) * n rows, prompt-major.
 
     prompts: texts, chat messages or token ids. temperature 0 is greedy (its log-probs are those at temperature 1).
-    The distribution is softmax(logits / temperature) over the whole vocabulary: no top-k, top-p, min-p or penalty,
-    whatever the model's generation_config says, because the loss differentiates this distribution and no other. The
-    same seed gives the same samples. Raises UserError when GPU memory runs out.
+    The distribution is softmax(logits / temperature), without top-k, top-p, min-p or penalty whatever generation_config
+    says, because the loss differentiates no other. One seed gives one batch. Raises UserError when GPU memory runs out.
 
     Rows are decoded in waves of at most max_rollout_tokens tokens. While other rows wait, a wave of which half has
     finished stops; its unfinished rows go on in a later wave. So a few long rows do not keep the others waiting.
@@ -86,7 +86,7 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     stop = end_token_ids(model, tokenizer)
     was_training = model.training
     model.eval()  # with gradient checkpointing, a model in training mode silently drops its cache and samples garbage
-    waiting = list(range(len(prompts)))
+    waiting = distributed.share(range(len(prompts)), n)  # every process samples the answers to some of the prompts
     waves = []
     try:
         while waiting:
@@ -106,10 +106,10 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     finally:
         model.train(was_training)
 
-    completions = [context[len(prompt) :] for prompt, context in zip(prompts, contexts)]
-    rollouts = assemble(prompts, completions, tokenizer.pad_token_id, model.device)
-    rows, _, logps, entropy = concatenate(waves)
+    rows, tokens, logps, entropy = distributed.gathered(concatenate(waves))
     order = rows.argsort(stable=True)  # row after row; stable: the tokens of a row stay in order
+    completions = [row.tolist() for row in tokens[order].cpu().split(rows.bincount().tolist())]
+    rollouts = assemble(prompts, completions, tokenizer.pad_token_id, model.device)
     rollouts.logps = fill_mask(rollouts.mask, logps[order])
     rollouts.entropy = fill_mask(rollouts.mask, entropy[order])
     rollouts.finished = torch.tensor([completion[-1] in stop for completion in completions], device=model.device)
@@ -216,7 +216,7 @@ def judge(texts, problems, finished, grade_timeout=3.0):
         answer = problem.final_answer(text)
         if problem.answer and answer:
             comparisons[row] = (problem.answer, answer)
-    found = verifier.compare(list(comparisons.values()), grade_timeout)
+    found = distributed.divided(verifier.compare, list(comparisons.values()), grade_timeout)
     for row, verdict in zip(comparisons, found):
         verdicts[row] = verdict
     return verdicts
@@ -264,9 +264,9 @@ def hidden_states(model, input_ids, attention_mask, layer=None, norm=False, prom
     """The residual stream that a policy reads -> [B, T, D]. prompt_lengths: as in `run_blocks`.
 
     layer=None: after the last block and the final norm, what the head reads. layer=k, 0-based: the raw stream after
-    block k (the BuPO paper's layer k + 1), running blocks 0..k only; norm=True applies the final norm to it, the usual
-    logit lens. So layer=L-1 with norm=True equals layer=None, and layer=k equals transformers' output_hidden_states of
-    index k + 1 for every k < L-1 (its last entry is already normed). Raises UserError for a layer that is not there.
+    block k (the BuPO paper's layer k + 1), running blocks 0..k only; norm=True: the final norm applied, the usual logit
+    lens. So layer=L-1 with norm=True is layer=None; layer=k < L-1 is transformers' output_hidden_states[k + 1], whose
+    last entry is already normed. Raises UserError for a layer that is not there.
     """
     if layer is None:
         return run_blocks(model, input_ids, attention_mask, prompt_lengths=prompt_lengths)
@@ -309,8 +309,7 @@ def token_logps(model, hidden, targets, temperature=1.0):
         entropy = -(logps.exp() * logps).sum(-1)
         return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
 
-    V = model.get_output_embeddings().weight.shape[0]
-    size = max(1, CHUNK_LOGITS // V)
+    size = max(1, CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0])
     chunks = []
     for chunk_hidden, chunk_targets in zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size)):
         chunks.append(checkpoint(score, chunk_hidden, chunk_targets, use_reentrant=False))
@@ -318,6 +317,7 @@ def token_logps(model, hidden, targets, temperature=1.0):
     return logps.view(targets.shape), entropy.view(targets.shape)
 
 
+@distributed.scoring
 def completion_logps(model, rollouts, rows, temperature, layer=None, norm=False):
     """Log-probs and entropies of the completion tokens of some rows, under the whole policy or that of block `layer`.
 
@@ -350,14 +350,14 @@ def micro_batches(rollouts, rows, budget):
     longest_first = sorted(rows, key=lambda row: (-lengths[row], row))
     batches = []
     batch = []
-    for row in longest_first:
+    for row in distributed.share(longest_first):
         if batch and lengths[batch[0]] * (len(batch) + 1) > budget:  # the first of a batch is its longest
             batches.append(batch)
             batch = []
         batch.append(row)
     if batch:
         batches.append(batch)
-    return batches
+    return distributed.in_step(batches)
 
 
 # 5. What is measured --------------------------------------------------------------------------------------------------
@@ -392,6 +392,7 @@ def measure(rollouts, verdicts, rewards):
 
 def per_token(sums):
     """Sums over tokens, and their number under 'tokens' -> means by name; None where no token was trained."""
+    sums = distributed.summed(sums)
     tokens = sums["tokens"]
     means = {}
     for name, total in sums.items():
@@ -406,16 +407,14 @@ def logp_gap(rollouts, logps, rows):
     if not rows:
         return dict(logp_gap=None, logp_gap_max=None)
     mask = rollouts.mask[rows]
-    gap = (logps - rollouts.logps)[rows].abs() * mask
+    gap = (distributed.summed(logps) - rollouts.logps)[rows].abs() * mask
     return dict(logp_gap=masked_mean(gap, mask), logp_gap_max=gap.max().item())
 
 
 def evaluate(model, tokenizer, problems, n, temperature=1.0, max_completion_length=8192, grade_timeout=3.0, **sampling):
-    """Sample n answers per problem and score them; sampling: further arguments of `sample`.
-
-    -> dict: accuracy (mean over all answers, avg@n), response_length (tokens), entropy (nats per token),
-    truncated_share, verdicts (a list of P*n), rewards [P, n], and the rollouts themselves.
-    """
+    """Sample n answers per problem and score them -> dict: accuracy (mean over all answers, avg@n), response_length
+    (tokens), entropy (nats per token), truncated_share, verdicts (a list of P*n), rewards [P, n], and the rollouts
+    themselves. sampling: further arguments of `sample`."""
     prompts = [problem.ids or problem.prompt for problem in problems]
     rollouts = sample(model, tokenizer, prompts, n, max_completion_length, temperature, **sampling)
     verdicts, rewards = grade_rollouts(rollouts, problems, grade_timeout)

@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 import bookkeeping
 import common
 import tasks
+from plumbing import distributed
 from plumbing.errors import UserError, one_line_errors
 from plumbing.options import EMBEDDED_MODEL, RunArgs, option, parse
 from plumbing.runs import step_of
@@ -149,7 +150,11 @@ def build_embedded(folder, seed=0):
 
 def ensure_embedded():
     """Build the embedded model, or finish building it, unless it is there: in runs/tiny below the current folder, where
-    all runs lie."""
+    all runs lie. Of several processes one builds it, and the others wait."""
+    distributed.first_alone(build_unless_there)
+
+
+def build_unless_there():
     args = Args(**EMBEDDED)
     folder = Path(args.output_dir)
     if step_of(folder) >= args.max_steps:
@@ -371,7 +376,7 @@ def main(args):
         run.lap("update")
 
         metrics = dict(
-            loss=mean_loss,
+            **distributed.summed(dict(loss=mean_loss)),
             tokens=int(tokens),
             **optimizer.summary(),
         )

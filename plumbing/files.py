@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from plumbing import processes
 from plumbing.errors import UserError, explain
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,11 +61,12 @@ LOCKED = {}  # folders that this process keeps others out of, with the descripto
 
 def lock_folder(folder):
     """Keep other processes out of an existing folder until this one ends, however it ends: then the kernel unlocks it.
+    Of several that train together the first one does it for all.
 
     Raises UserError that names the process that is in there.
     """
     path = Path(folder).resolve()
-    if path in LOCKED:
+    if path in LOCKED or not processes.is_first():
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -106,7 +108,9 @@ def write_json(path, value):
 
 def write_text(path, text):
     """Write a file whole or not at all: under a temporary name first, which then replaces the old file. Its folder is
-    made if there is none."""
+    made if there is none. Of several processes only the first one writes."""
+    if not processes.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -119,7 +123,9 @@ def to_jsonl(records):
 
 
 def append_jsonl(path, records):
-    """Add records to the end of a JSONL file."""
+    """Add records to the end of a JSONL file. Of several processes only the first one writes."""
+    if not processes.is_first():
+        return
     with open(path, "a", encoding="utf-8") as file:
         file.write(to_jsonl(records))
 

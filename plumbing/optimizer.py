@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from plumbing import distributed
 from plumbing.errors import UserError
 
 MOST_SKIPPED = 10  # gradients in a row that are not finite
@@ -52,11 +53,12 @@ class Optimizer:
             self.slots.append(Slot(name, parameter, master, adam, factor))
 
     def step(self, learning_rate=None):
-        """Clip, update, clear the gradients -> norm before clipping. learning_rate: from now on, to be multiplied by
-        the factors; None: as before.
+        """Clip, update, clear the gradients, those of all processes added up -> norm before clipping. learning_rate:
+        from now on, to be multiplied by the factors; None: as before.
 
         A gradient that is not finite updates nothing; ten in a row raise UserError.
         """
+        distributed.add_up_gradients(slot.parameter for slot in self.slots)
         norm = self.gradient_norm()
         self.norms.append(norm)
         if math.isfinite(norm):

@@ -15,7 +15,10 @@ from plumbing.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 # Modules of this project that load quickly.
-QUICK = ("plumbing.errors", "plumbing.files", "plumbing.options", "plumbing.runs", "plumbing.samples", "tasks")
+QUICK = (
+    *("plumbing.errors", "plumbing.files", "plumbing.options", "plumbing.processes", "plumbing.runs"),
+    *("plumbing.samples", "tasks"),
+)
 
 
 def running_script():

@@ -1,0 +1,212 @@
+"""Several processes that train one model together: `torchrun --nproc_per_node N grpo.py ...`.
+
+Every process runs the whole script and knows the whole batch. Only what takes time is dealt out: the answers to be
+sampled, those to be graded, and the micro-batches. Then all of them are told what each has found, and gradients are
+added up. So an algorithm is written as for one process: a mean over the batch, or the number of its tokens, is the same
+everywhere. Every process must come by every call in here that talks to the others, and equally often.
+
+In one process `share` gives everything, and nothing else here does anything.
+"""
+
+import contextlib
+import datetime
+import functools
+
+import torch
+import torch.distributed as dist
+
+from plumbing import processes
+from plumbing.errors import UserError
+
+TIMEOUT = datetime.timedelta(hours=12)  # one process may sample for long while another waits
+
+alone = False  # within `each_by_itself`
+
+
+def count():
+    """Processes that share the work here and now."""
+    if alone or not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
+
+
+@contextlib.contextmanager
+def each_by_itself():
+    """Inside, every process does all of the work, as if there were no other."""
+    global alone
+    before = alone
+    alone = True
+    try:
+        yield
+    finally:
+        alone = before
+
+
+# Beginning and end ----------------------------------------------------------------------------------------------------
+
+
+def start(args):
+    """Meet the other processes. Raises UserError, the same in all of them, for options that do not go with several."""
+    if processes.count() == 1 or alone:
+        return
+    connect()
+    refuse_different_options(everybodys(vars(args)))
+    refuse_uneven_shares(args.num_prompts)
+    if args.optimizer_device == "cpu":
+        raise UserError("--optimizer_device cpu: is for one process; leave it out, several share that memory anyway")
+
+
+def connect():
+    if processes.count() > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def refuse_different_options(found):
+    """found: the options of every process, a list of dicts."""
+    for number, options in enumerate(found):
+        for name, value in options.items():
+            first = found[0].get(name)
+            if value != first:
+                what = f"--{name} {first!r}: process {number} has {value!r}"
+                raise UserError(f"{what}; start all of them by the same command")
+
+
+def refuse_uneven_shares(num_prompts):
+    N = count()
+    if num_prompts < N:
+        remedy = f"raise it, or start {num_prompts} at most (--nproc_per_node)"
+        raise UserError(f"--num_prompts {num_prompts}: too few for {N} processes; {remedy}")
+    if num_prompts % N:
+        divisors = [str(n) for n in range(1, num_prompts + 1) if num_prompts % n == 0]
+        remedy = f"start a number of them that divides it ({', '.join(divisors)}), or take a multiple of {N}"
+        raise UserError(f"--num_prompts {num_prompts}: {N} processes cannot share them evenly; {remedy}")
+
+
+def refuse_other_folder(folder, step):
+    """Raise UserError unless every process finds the same run in --output_dir. step: the last one found there."""
+    if len(set(everybodys(step))) > 1:
+        raise UserError(f"--output_dir {folder}: is not the same folder in all processes; take one that machines share")
+
+
+def wait():
+    """Until all processes are here."""
+    if count() > 1:
+        dist.barrier()
+
+
+def first_alone(work, *args):
+    """Call work(*args) in the first process, as if there were no other, while the others wait."""
+    connect()
+    if processes.is_first():
+        with each_by_itself():
+            work(*args)
+    wait()
+
+
+# Dealing out ----------------------------------------------------------------------------------------------------------
+
+
+def share(items, size=1):
+    """What falls to this process, a list: of the items, so many at a time are dealt to one process after the other."""
+    mine = []
+    for i, item in enumerate(items):
+        if i // size % count() == place():
+            mine.append(item)
+    return mine
+
+
+def place():
+    if count() == 1:
+        return 0
+    return dist.get_rank()
+
+
+def in_step(batches):
+    """Micro-batches of this process, with empty ones behind them if another process has more: a pass through the model
+    is taken by all or by none."""
+    longest = largest(len(batches))
+    return batches + [[]] * (longest - len(batches))
+
+
+def divided(work, items, *args):
+    """work(items, *args), a list with a result for each of the items, of which every process does a share."""
+    if count() == 1:
+        return work(items, *args)
+    numbered = share(list(enumerate(items)))
+    results = work([item for _, item in numbered], *args)
+    found = [(i, result) for (i, _), result in zip(numbered, results, strict=True)]
+    return [result for _, result in sorted(sum(everybodys(found), []))]
+
+
+def scoring(function):
+    """Decorator of function(model, rollouts, rows, ...), a pass of some rows through the model -> one or more [n, T].
+
+    Without rows, the first one is read for nothing: other processes wait for this pass and for its gradients.
+    """
+
+    @functools.wraps(function)
+    def score(model, rollouts, rows, *args, **kwargs):
+        if rows:
+            return function(model, rollouts, rows, *args, **kwargs)
+        found = function(model, rollouts, [0], *args, **kwargs)
+        if isinstance(found, tuple):
+            return tuple(values[:0] for values in found)
+        return found[:0]
+
+    return score
+
+
+# Telling each other ---------------------------------------------------------------------------------------------------
+
+
+def everybodys(value):
+    """The values of all processes, a list."""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def of_first(value):
+    """The value of the first process."""
+    return everybodys(value)[0]
+
+
+def largest(number):
+    return max(everybodys(number))
+
+
+def gathered(tensors):
+    """A list of tensors of equal length, [] for none -> the same with what all processes have, one behind the other."""
+    if count() == 1:
+        return tensors
+    device = tensors[0].device if tensors else None
+    found = [theirs for theirs in everybodys([tensor.cpu() for tensor in tensors]) if theirs]
+    return [torch.cat(kind).to(device) for kind in zip(*found)]
+
+
+def summed(values):
+    """A tensor, or numbers by name -> their sum over all processes."""
+    if count() == 1:
+        return values
+    if isinstance(values, torch.Tensor):
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+    total = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist(), strict=True))
+
+
+def add_up_gradients(parameters):
+    """Give every parameter the sum of its gradients in all processes, taken in fp32. Whatever micro-batches they had,
+    they have gradients of the same parameters."""
+    if count() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            total = parameter.grad.float()
+            dist.all_reduce(total)
+            parameter.grad.copy_(total)

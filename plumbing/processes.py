@@ -1,0 +1,28 @@
+"""Which process this is, of how many. torchrun starts several of them and tells each; otherwise there is one.
+
+What they do together is in distributed.py. This file needs no torch: the files that must load quickly ask it, too.
+"""
+
+import os
+
+
+def count():
+    """How many processes train the model together."""
+    if started_by_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    return 1
+
+
+def rank():
+    """The number of this process, 0 to count() - 1. The first one writes the run folder and speaks to the user."""
+    if started_by_torchrun():
+        return int(os.environ["RANK"])
+    return 0
+
+
+def is_first():
+    return rank() == 0
+
+
+def started_by_torchrun():
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_PORT" in os.environ
