@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import common
 import tasks
-from plumbing import distributed, figures, processes, verifier
+from plumbing import distributed, figures, processes, sharding, verifier
 from plumbing.blocks import rate_factors, train_only
 from plumbing.errors import UserError, close_progress_bars, explain
 from plumbing.files import (
@@ -183,7 +183,7 @@ class Run:
         args = self.args
         path = self.checkpoint if self.resumed else args.model
         try:
-            self.model, self.tokenizer = load_model(str(path), args.device, args.dtype)
+            self.model, self.tokenizer = load_model(str(path), args.device, args.dtype, trained=True)
         except UserError as error:
             if not self.resumed:
                 raise
@@ -208,13 +208,14 @@ class Run:
         return self.model, self.tokenizer, self.optimizer
 
     def carry(self, name, optimizer):
-        """Keep what an optimizer knows, its weights among it, in every checkpoint, as <name>.pt. A resumed run gives
-        it back what it knew."""
+        """Keep what an optimizer knows, its weights among it, in every checkpoint, as <name>.pt or, where several
+        processes share it, a file of each. A resumed run gives it back what it knew, however many processes wrote it.
+        """
         self.carried[name] = optimizer
         if self.resumed:
             path = self.checkpoint
             with explain(f"{path}/{name}.pt: cannot be read", f"delete {path} to go back"):
-                optimizer.load_state_dict(torch.load(path / f"{name}.pt", "cpu", weights_only=True))
+                optimizer.load_state_dict(sharding.read_shares(path, name))
 
     def compare_prompting(self):
         """Say on stderr if --model is a run that was asked its problems in another way: a model that has learnt to
@@ -446,7 +447,10 @@ class Run:
         It is loaded for this pass only and freed on return."""
         args = self.args
         start, _ = load_model(self.chain_start, args.device, args.dtype)
-        return kl_between(self.model, start, rollouts, args.micro_batch_tokens, args.eval_temperature)
+        found = kl_between(self.model, start, rollouts, args.micro_batch_tokens, args.eval_temperature)
+        del start
+        sharding.free_unused()
+        return found
 
     # Saving -----------------------------------------------------------------------------------------------------------
 
@@ -478,26 +482,42 @@ class Run:
     def write_model(self, folder, step):
         """A `from_pretrained` folder with tokenizer, optimizers and the step after which it was written: whole or not
         at all, since it gets its name only when everything is on the disk. Raises UserError if the disk is full."""
-        if not processes.is_first():
-            return
         temporary = folder.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
         remedy = "make room or make it writable, then repeat the command to go on from the checkpoint before"
         try:
             with explain(f"{folder}: cannot be written", remedy):
-                self.model.save_pretrained(temporary)
-                self.tokenizer.save_pretrained(temporary)
+                if processes.is_first():
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir()
+                distributed.wait()
+                self.write_weights(temporary)
                 for name, optimizer in self.carried.items():
-                    torch.save(optimizer.state_dict(), temporary / f"{name}.pt")
-                write_json(temporary / "trainer_state.json", {"step": step})
-                for path in temporary.rglob("*"):
-                    if path.is_file():
-                        sync(path)
-                sync(temporary)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.rename(temporary, folder)
+                    path = temporary / sharding.file_of_share(name)
+                    torch.save(optimizer.state_dict(), path)
+                    sync(path)
+                distributed.wait()
+                if processes.is_first():
+                    write_json(temporary / "trainer_state.json", {"step": step})
+                    self.give_name(temporary, folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # there is none where all went well
+            if processes.is_first():
+                shutil.rmtree(temporary, ignore_errors=True)  # there is none where all went well
+
+    def write_weights(self, folder):
+        """Model and tokenizer, as `from_pretrained` reads them. All processes gather the weights, one writes them."""
+        with sharding.whole_weights(self.model):
+            if processes.is_first():
+                self.model.save_pretrained(folder, state_dict=sharding.weights_to_save(self.model))
+                self.tokenizer.save_pretrained(folder)
+
+    def give_name(self, temporary, folder):
+        """Rename a model folder when everything in it is on the disk."""
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                sync(path)
+        sync(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
         sync(self.folder)
 
     def finish(self):
@@ -514,6 +534,8 @@ class Run:
     def move_final_model(self):
         final = self.folder / "final"
         (self.folder / "trainer_state.json").unlink(missing_ok=True)
+        for path in self.folder.glob("*-of-*.pt"):  # of a shorter run, with another number of processes
+            path.unlink()
         for path in sorted(final.iterdir()):  # trainer_state.json marks a finished run: it is the last to move
             shutil.rmtree(self.folder / path.name, ignore_errors=True)  # of a folder: some tokenizers' chat templates
             os.replace(path, self.folder / path.name)

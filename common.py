@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import distributed, verifier
+from plumbing import distributed, sharding, verifier
 from plumbing.errors import UserError
 from plumbing.kv_cache import growing_cache
 from plumbing.models import backbone_of, encode, end_token_ids
@@ -65,6 +65,7 @@ def assemble(prompts, completions, pad, device):
 
 
 @torch.no_grad()
+@sharding.with_whole_weights
 def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0, max_rollout_tokens=2**18, seed=0):
     """n completions per prompt from the policy itself -> Rollouts with B = len(prompts) * n rows, prompt-major.
 
@@ -106,7 +107,7 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     finally:
         model.train(was_training)
 
-    rows, tokens, logps, entropy = distributed.gathered(concatenate(waves))
+    rows, tokens, logps, entropy = distributed.gathered(concatenate(waves), model.device)
     order = rows.argsort(stable=True)  # row after row; stable: the tokens of a row stay in order
     completions = [row.tolist() for row in tokens[order].cpu().split(rows.bincount().tolist())]
     rollouts = assemble(prompts, completions, tokenizer.pad_token_id, model.device)
@@ -317,7 +318,7 @@ def token_logps(model, hidden, targets, temperature=1.0):
     return logps.view(targets.shape), entropy.view(targets.shape)
 
 
-@distributed.scoring
+@sharding.one_pass
 def completion_logps(model, rollouts, rows, temperature, layer=None, norm=False):
     """Log-probs and entropies of the completion tokens of some rows, under the whole policy or that of block `layer`.
 

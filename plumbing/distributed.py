@@ -10,7 +10,6 @@ In one process `share` gives everything, and nothing else here does anything.
 
 import contextlib
 import datetime
-import functools
 
 import torch
 import torch.distributed as dist
@@ -139,24 +138,6 @@ def divided(work, items, *args):
     return [result for _, result in sorted(sum(everybodys(found), []))]
 
 
-def scoring(function):
-    """Decorator of function(model, rollouts, rows, ...), a pass of some rows through the model -> one or more [n, T].
-
-    Without rows, the first one is read for nothing: other processes wait for this pass and for its gradients.
-    """
-
-    @functools.wraps(function)
-    def score(model, rollouts, rows, *args, **kwargs):
-        if rows:
-            return function(model, rollouts, rows, *args, **kwargs)
-        found = function(model, rollouts, [0], *args, **kwargs)
-        if isinstance(found, tuple):
-            return tuple(values[:0] for values in found)
-        return found[:0]
-
-    return score
-
-
 # Telling each other ---------------------------------------------------------------------------------------------------
 
 
@@ -178,11 +159,11 @@ def largest(number):
     return max(everybodys(number))
 
 
-def gathered(tensors):
-    """A list of tensors of equal length, [] for none -> the same with what all processes have, one behind the other."""
+def gathered(tensors, device):
+    """A list of tensors of equal length, [] for none -> the same with what all processes have, one behind the other, on
+    a device."""
     if count() == 1:
         return tensors
-    device = tensors[0].device if tensors else None
     found = [theirs for theirs in everybodys([tensor.cpu() for tensor in tensors]) if theirs]
     return [torch.cat(kind).to(device) for kind in zip(*found)]
 
@@ -198,15 +179,3 @@ def summed(values):
     total = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(total)
     return dict(zip(values, total.tolist(), strict=True))
-
-
-def add_up_gradients(parameters):
-    """Give every parameter the sum of its gradients in all processes, taken in fp32. Whatever micro-batches they had,
-    they have gradients of the same parameters."""
-    if count() == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            total = parameter.grad.float()
-            dist.all_reduce(total)
-            parameter.grad.copy_(total)

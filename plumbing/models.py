@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from plumbing import sharding
 from plumbing.errors import UserError, explain
 from plumbing.options import EMBEDDED_MODEL
 
@@ -31,19 +32,31 @@ KEEPS_KEYS_AND_VALUES = ("full_attention", "sliding_attention")
 DEPENDS_ON_LENGTH = ("dynamic", "longrope")
 
 
-def load_model(path, device="auto", dtype="auto"):
+def load_model(path, device="auto", dtype="auto", trained=False):
     """(model, tokenizer) from a local folder or hub id, in evaluation mode. Safetensors only, no remote code.
 
     path 'embedded': the embedded model. device 'auto': cuda if there is one. dtype 'auto': bfloat16 on cuda, float32 on
-    cpu. Raises UserError.
+    cpu. trained: several processes keep fp32 shares of the weights, see sharding.py. Raises UserError.
     """
-    folder = EMBEDDED_MODEL if path == "embedded" else Path(path)
+    device = chosen_device(device)
+    model, tokenizer = read_model(path, device, dtype)
+    with explain(f"--device {device}: the model cannot go there", "choose another device"):
+        sharding.place(model, device, trained)
+    return model, tokenizer
+
+
+def chosen_device(device):
+    """The device that 'auto' stands for: cuda if there is one. Any other stands for itself."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto" and device.startswith("cuda"):
-        dtype = "bfloat16"
-    elif dtype == "auto":
-        dtype = "float32"
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def read_model(path, device, dtype):
+    """What `load_model` gives, still in host memory. device: where it will go. Raises UserError."""
+    folder = EMBEDDED_MODEL if path == "embedded" else Path(path)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if folder.is_file():
         raise UserError(f"--model {folder}: is a file; pass the folder of a model")
     if folder.is_dir() and not holds_tokenizer(folder):
@@ -66,8 +79,6 @@ def load_model(path, device="auto", dtype="auto"):
     refuse_incomplete(folder, model, tokenizer, loaded)
     if device.startswith("meta"):
         raise UserError(f"--device {device}: holds shapes and no numbers; choose another device")
-    with explain(f"--device {device}: the model cannot go there", "choose another device"):
-        model.to(device)
     replace_invalid_generation_config(model)
     switch_dropout_off(model)
     return model.eval(), tokenizer
@@ -76,8 +87,10 @@ def load_model(path, device="auto", dtype="auto"):
 def load_critic(args):
     """The model that load_model gives, with a head of one row in place of its unembedding: the value of a state. At
     first that is 0 everywhere. Reads args.model, device, dtype, gradient_checkpointing."""
-    critic, _ = load_model(args.model, args.device, args.dtype)
+    device = chosen_device(args.device)
+    critic, _ = read_model(args.model, device, args.dtype)
     give_value_head(critic)
+    sharding.place(critic, device, trained=True)
     if args.gradient_checkpointing:
         critic.activation_checkpointing_enable({"use_reentrant": False})
     return critic

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from plumbing import distributed
+from plumbing import distributed, sharding
 from plumbing.errors import UserError
 
 MOST_SKIPPED = 10  # gradients in a row that are not finite
@@ -21,6 +21,7 @@ class Slot:
     master: torch.Tensor
     adam: torch.optim.AdamW
     factor: float  # of the learning rate
+    sample: slice  # every so many entries, in which `summary` looks for changes
 
 
 class Optimizer:
@@ -28,7 +29,8 @@ class Optimizer:
 
     A bf16 weight keeps 8 bits: an update of 1e-6 on a weight of 0.02 rounds to nothing. So moments and a master copy
     are fp32, beside the weights or on --optimizer_device, and the model gets the rounded master after each step. A
-    model that is fp32 there already is its own master. Parameters are updated one by one, so that one fp32 gradient
+    model that is fp32 there already is its own master. Where several processes share the work, each of them does all
+    this with its shares of the weights, see sharding.py. Parameters are updated one by one, so that one fp32 gradient
     exists at a time. Those whose grad is None are not touched at all: no decay, no moments. Those that require no grad
     are not even known here.
     """
@@ -47,18 +49,19 @@ class Optimizer:
                 continue
             factor = factors.get(name, 1.0)
             device = args.optimizer_device or parameter.device
-            master = parameter.detach().to(device, torch.float32)
+            master = sharding.own_share(parameter.detach()).to(device, torch.float32)
             rate = args.learning_rate * factor
             adam = torch.optim.AdamW([master], lr=rate, weight_decay=args.weight_decay, fused=True)
-            self.slots.append(Slot(name, parameter, master, adam, factor))
+            stride = 1 + parameter.numel() // LOOKED_AT
+            sample = slice(-sharding.entries_before(parameter) % stride, None, stride)
+            self.slots.append(Slot(name, parameter, master, adam, factor, sample))
 
     def step(self, learning_rate=None):
-        """Clip, update, clear the gradients, those of all processes added up -> norm before clipping. learning_rate:
-        from now on, to be multiplied by the factors; None: as before.
+        """Clip, update, clear the gradients -> norm before clipping. learning_rate: from now on, to be multiplied by the
+        factors; None: as before.
 
         A gradient that is not finite updates nothing; ten in a row raise UserError.
         """
-        distributed.add_up_gradients(slot.parameter for slot in self.slots)
         norm = self.gradient_norm()
         self.norms.append(norm)
         if math.isfinite(norm):
@@ -82,11 +85,13 @@ class Optimizer:
         norms = []
         for slot in self.slots:
             if slot.parameter.grad is not None:
-                norms.append(torch.linalg.vector_norm(slot.parameter.grad, dtype=torch.float32))
+                gradient = sharding.own_share(slot.parameter.grad)
+                norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
         if not norms:
             return 0.0
         device = norms[0].device
-        return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])).item()
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])).item()
+        return math.hypot(*distributed.everybodys(norm))
 
     def update(self, slot, scale, learning_rate):
         """One AdamW step of one parameter with its gradient times `scale`."""
@@ -94,16 +99,19 @@ class Optimizer:
         group = slot.adam.param_groups[0]
         if learning_rate is not None:
             group["lr"] = learning_rate * slot.factor
-        master.grad = slot.parameter.grad.to(master.device, torch.float32).mul_(scale)
-        sample = slice(0, None, 1 + master.numel() // LOOKED_AT)  # every so many entries, to see what changes
-        before = master.data.flatten()[sample].clone()
-        should_change = (master.grad.flatten()[sample] != 0) & (group["lr"] > 0)
+        master.grad = sharding.own_share(slot.parameter.grad).to(master.device, torch.float32).mul_(scale)
+        before = master.data.flatten()[slot.sample].clone()
+        should_change = (master.grad.flatten()[slot.sample] != 0) & (group["lr"] > 0)
         slot.adam.step()
-        changed = (master.data.flatten()[sample] != before) & should_change
+        changed = (master.data.flatten()[slot.sample] != before) & should_change
         self.moved.append(torch.stack([changed.sum(), should_change.sum()]))
-        slot.parameter.data.copy_(master)  # changes nothing where the parameter is its own master
+        self.give_back(slot)
         slot.parameter.grad = None  # now, so that one fp32 gradient exists at a time
         master.grad = None
+
+    def give_back(self, slot):
+        """The model computes with the rounded master; nothing changes where the parameter is its own master."""
+        sharding.own_share(slot.parameter.data).copy_(slot.master)
 
     def summary(self):
         """What happened since the last summary -> dict.
@@ -121,7 +129,7 @@ class Optimizer:
         if finite:
             figures["grad_norm"] = sum(finite) / len(finite)
         if self.moved:
-            changed, should_change = sum(self.moved).tolist()
+            changed, should_change = distributed.summed(sum(self.moved)).tolist()
             if should_change:
                 figures["updated_share"] = changed / should_change
         self.norms = []
@@ -129,7 +137,7 @@ class Optimizer:
         return figures
 
     def state_dict(self):
-        """Masters and moments by parameter name."""
+        """Masters and moments by parameter name, of several processes the shares of this one."""
         state = {}
         for slot in self.slots:
             state[slot.name] = dict(master=slot.master.data, adam=slot.adam.state_dict())
@@ -139,5 +147,5 @@ class Optimizer:
         """Restore what `state_dict` gave, and with it the parameters of the model."""
         for slot in self.slots:
             slot.master.data.copy_(state[slot.name]["master"])
-            slot.parameter.data.copy_(slot.master)
+            self.give_back(slot)
             slot.adam.load_state_dict(state[slot.name]["adam"])

@@ -9,6 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from plumbing import distributed
+
 SAVES = 0.25  # share of the tokens that must be saved: below it two passes cost more than one
 PARTS = 4  # the completions are read in so many parts, short ones with short ones
 
@@ -17,9 +19,10 @@ def saves_tokens(model, ids, attention_mask, prompt_lengths):
     """Whether to read prompts once is possible, exact and worth while. Arguments as in `read_prompts_once`.
 
     Not on a GPU, whose fastest kernels take no mask. Not with gradient checkpointing, which drops the cache. Not where
-    a block keeps something else than all keys and values.
+    a block keeps something else than all keys and values. Not with several processes: each decides by its own rows, but
+    all must run a block equally often.
     """
-    if ids.is_cuda or (model.training and model.is_activation_checkpointing):
+    if ids.is_cuda or distributed.count() > 1 or (model.training and model.is_activation_checkpointing):
         return False
     for layer in DynamicCache(config=model.config).layers:
         if type(layer) is not DynamicLayer:

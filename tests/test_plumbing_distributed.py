@@ -127,5 +127,5 @@ def test_metrics_are_those_of_one_process(name, count, trained):
 
 def alike(ours, theirs):
     if isinstance(ours, float) and isinstance(theirs, float):
-        return math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-6)
+        return math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-5)
     return ours == theirs
