@@ -518,7 +518,7 @@ def read_completion(tokenizer, where, row):
     return ids
 
 
-@distributed.each_by_itself()
+@distributed.by_first
 def auto_layer(args):
     """For `bupo.py --internal_layer auto`: the boundary layer of --model on 64 training problems, with bupo's options,
     under the lens that phase one trains. Raises UserError if there is none.

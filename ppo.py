@@ -27,6 +27,7 @@ import torch
 
 import bookkeeping
 import common
+from plumbing import distributed, sharding
 from plumbing.errors import UserError, one_line_errors
 from plumbing.models import load_critic, load_model
 from plumbing.optimizer import Optimizer
@@ -70,6 +71,7 @@ class Args(RunArgs):
     beta: float = option(0.0, "weight of the KL to the starting model; 0 loads no reference", at_least=0)
 
 
+@sharding.one_pass
 def completion_values(critic, rollouts, rows):
     """Values before every completion token of some rows -> [n, T], aligned with rollouts.ids[rows], 0 outside the mask.
 
@@ -205,6 +207,7 @@ def main(args):
             with torch.no_grad():
                 old_logps[rows], _ = common.completion_logps(model, rollouts, rows, args.temperature)
                 old_values[rows] = completion_values(critic, rollouts, rows)
+        old_values = distributed.summed(old_values)  # a process has read some of the rows
         R = rewards.flatten().to(model.device)  # [B]
         A_rows = advantages(R, old_values, rollouts.mask, args.gamma, args.lam)  # [B, T]
         returns = A_rows + old_values

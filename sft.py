@@ -148,13 +148,10 @@ def build_embedded(folder, seed=0):
     tokenizer.save_pretrained(folder)
 
 
+@distributed.by_first
 def ensure_embedded():
     """Build the embedded model, or finish building it, unless it is there: in runs/tiny below the current folder, where
-    all runs lie. Of several processes one builds it, and the others wait."""
-    distributed.first_alone(build_unless_there)
-
-
-def build_unless_there():
+    all runs lie."""
     args = Args(**EMBEDDED)
     folder = Path(args.output_dir)
     if step_of(folder) >= args.max_steps:

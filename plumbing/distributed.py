@@ -10,16 +10,19 @@ In one process `share` gives everything, and nothing else here does anything.
 
 import contextlib
 import datetime
+import functools
 
 import torch
 import torch.distributed as dist
 
-from plumbing import processes
+from plumbing import processes, watch
 from plumbing.errors import UserError
 
-TIMEOUT = datetime.timedelta(hours=12)  # one process may sample for long while another waits
+# A process waits so long for another one that lives: it may have longer answers to sample, or build the embedded model.
+# Of one that has died the others learn at once, see watch.py.
+TIMEOUT = datetime.timedelta(hours=2)
 
-alone = False  # within `each_by_itself`
+alone = False  # within `by_itself`
 
 
 def count():
@@ -30,8 +33,8 @@ def count():
 
 
 @contextlib.contextmanager
-def each_by_itself():
-    """Inside, every process does all of the work, as if there were no other."""
+def by_itself():
+    """Inside, this process does all of the work, as if there were no other."""
     global alone
     before = alone
     alone = True
@@ -51,14 +54,20 @@ def start(args):
     connect()
     refuse_different_options(everybodys(vars(args)))
     refuse_uneven_shares(args.num_prompts)
-    if args.optimizer_device == "cpu":
-        raise UserError("--optimizer_device cpu: is for one process; leave it out, several share that memory anyway")
+    refuse_shared_devices(args)
 
 
 def connect():
-    if processes.count() > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+    """Make a group of the processes that torchrun has started, unless that is done. Each gets a GPU of its own."""
+    if processes.count() == 1 or dist.is_initialized():
+        return
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    watch.begin(store)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(processes.place_on_machine() % torch.cuda.device_count())
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
 
 
 def refuse_different_options(found):
@@ -82,6 +91,18 @@ def refuse_uneven_shares(num_prompts):
         raise UserError(f"--num_prompts {num_prompts}: {N} processes cannot share them evenly; {remedy}")
 
 
+def refuse_shared_devices(args):
+    if args.optimizer_device == "cpu":
+        raise UserError("--optimizer_device cpu: is for one process; leave it out, several share that memory anyway")
+    if ":" in args.device:
+        raise UserError(f"--device {args.device}: is for one process; pass cuda, and each takes a GPU of its own")
+    gpus = torch.cuda.device_count()
+    here = processes.count_on_machine()
+    if args.device != "cpu" and 0 < gpus < here:
+        remedy = f"start {gpus} at most (--nproc_per_node), or pass --device cpu"
+        raise UserError(f"--device {args.device}: {gpus} GPUs for {here} processes; {remedy}")
+
+
 def refuse_other_folder(folder, step):
     """Raise UserError unless every process finds the same run in --output_dir. step: the last one found there."""
     if len(set(everybodys(step))) > 1:
@@ -94,13 +115,20 @@ def wait():
         dist.barrier()
 
 
-def first_alone(work, *args):
-    """Call work(*args) in the first process, as if there were no other, while the others wait."""
-    connect()
-    if processes.is_first():
-        with each_by_itself():
-            work(*args)
-    wait()
+def by_first(work):
+    """Decorator: the first process calls work(*args) as if there were no other, and tells the others what it returns.
+    What it raises ends all of them."""
+
+    @functools.wraps(work)
+    def worked(*args):
+        connect()
+        found = None
+        if processes.is_first():
+            with by_itself():
+                found = work(*args)
+        return of_first(found)
+
+    return worked
 
 
 # Dealing out ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import sys
 
 from tqdm import tqdm
 
+from plumbing import processes, watch
+
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -58,23 +60,44 @@ def one_line_errors():
     with contextlib.suppress(ValueError):  # outside the main thread
         signal.signal(signal.SIGINT, signal.default_int_handler)  # plumbing/start.py had another one while loading
     screen = (PatientStream(sys.stdout), PatientStream(sys.stderr))
+    if not processes.is_first():  # the first one speaks for all
+        screen = (open(os.devnull, "w"), open(os.devnull, "w"))
     with contextlib.redirect_stdout(screen[0]), contextlib.redirect_stderr(screen[1]):
         try:
+            meet_others()
             yield
+            watch.leave(0)
+        except SystemExit as end:
+            watch.leave(end.code)
+            raise
         except KeyboardInterrupt:
             close_progress_bars()
             print("interrupted", file=sys.stderr)
+            watch.leave(130)
             sys.exit(130)
         except Exception as error:
             message = one_line(error)
             if message is None:
+                watch.await_news()
                 raise
-            close_progress_bars()
-            print("error: " + printable(message), file=sys.stderr)
+            watch.report(printable(message), show)
             sys.exit(2)
         finally:
             for stream in screen:
                 stream.flush()
+
+
+def meet_others():
+    """Where torchrun has started several processes: from here on, an error of one of them ends all."""
+    if processes.count() > 1:
+        from plumbing import distributed  # only here: it imports torch
+
+        distributed.connect()
+
+
+def show(message):
+    close_progress_bars()
+    print(f"error: {message}", file=sys.stderr)
 
 
 def printable(text):

@@ -57,8 +57,8 @@ class Optimizer:
             self.slots.append(Slot(name, parameter, master, adam, factor, sample))
 
     def step(self, learning_rate=None):
-        """Clip, update, clear the gradients -> norm before clipping. learning_rate: from now on, to be multiplied by the
-        factors; None: as before.
+        """Clip, update, clear the gradients -> norm before clipping. learning_rate: from now on, to be multiplied by
+        the factors; None: as before.
 
         A gradient that is not finite updates nothing; ten in a row raise UserError.
         """

@@ -20,6 +20,20 @@ def rank():
     return 0
 
 
+def place_on_machine():
+    """The number of this process among those of its machine."""
+    if started_by_torchrun():
+        return int(os.environ["LOCAL_RANK"])
+    return 0
+
+
+def count_on_machine():
+    """How many of the processes are on this machine."""
+    if started_by_torchrun():
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return 1
+
+
 def is_first():
     return rank() == 0
 

@@ -31,10 +31,12 @@ def running_script():
 
 def is_quick(node):
     """True for the statements of a script that its options may depend on."""
+    if isinstance(node, ast.ImportFrom) and node.module == "plumbing":
+        return all(f"plumbing.{alias.name}".startswith(QUICK) for alias in node.names)
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
         in_library = module.split(".")[0] in sys.stdlib_module_names
-        return in_library or module == "plumbing" or module.startswith(QUICK)
+        return in_library or module.startswith(QUICK)
     if isinstance(node, ast.ClassDef):
         return node.name == "Args"
     return isinstance(node, (ast.Assign, ast.FunctionDef))

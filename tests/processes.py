@@ -6,6 +6,9 @@ import os
 import socket
 import sys
 import time
+import traceback
+
+from plumbing.errors import one_line_errors
 
 PATIENCE = 120  # seconds, after which processes that still run are killed
 
@@ -18,12 +21,17 @@ def free_port():
 
 def fork(work, rank, count, port):
     """In a forked process: call work(rank) with what torchrun would say. What it prints goes to out-<rank>."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     with open(f"out-{rank}", "w", buffering=1) as out:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             sys.__stderr__ = out
-            work(rank)
+            try:
+                with one_line_errors():
+                    work(rank)
+            except Exception:
+                traceback.print_exc(file=out)
+                sys.exit(1)
 
 
 def started(count, work):

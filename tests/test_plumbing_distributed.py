@@ -25,6 +25,9 @@ RUNS = {
     "bottom_up_normed": ("bupo", dict(internal_norm=True, gradient_checkpointing=True)),
     "baseline": ("opo", {}),
     "entropy": ("em", {}),
+    "critic": ("ppo", dict(num_minibatches=2, num_generations=1, critic_warmup=1)),
+    "some_blocks": ("grpo", dict(train_blocks="1:3", lr_below="2:0.1")),
+    "resampled": ("variants.dapo", {}),
 }
 
 
