@@ -77,13 +77,16 @@ def one_pass(function):
         found = model.run(function, rollouts, rows or [0], *args, **kwargs)
         if not torch.is_grad_enabled():
             model.reshard()  # with a gradient, that happens at the end of the backward pass
-        if rows:
-            return found
-        if isinstance(found, tuple):
-            return tuple(values[:0] for values in found)
-        return found[:0]
+        return found if rows else without_rows(found)
 
     return passed
+
+
+def without_rows(found):
+    """A tensor [n, T], or several -> the same with no rows, [0, T]; gradients go through it, as 0."""
+    if isinstance(found, torch.Tensor):
+        return found[:0]
+    return tuple(values[:0] for values in found)
 
 
 @contextlib.contextmanager
@@ -169,7 +172,7 @@ def read_shares(folder, name):
     if paths == [folder / file_of_share(name)]:
         return torch.load(paths[0], "cpu", weights_only=True)
     written = [torch.load(path, "cpu", weights_only=True, mmap=True) for path in paths]
-    return {name: put_together([shares[name] for shares in written]) for name in written[0]}
+    return put_together(written)
 
 
 def number_of_share(path):
@@ -178,7 +181,7 @@ def number_of_share(path):
 
 
 def put_together(shares):
-    """One parameter's nested dict from every process that wrote -> the same with the shares of this process."""
+    """Nested dicts of shares, one from every process that wrote -> one dict with the shares of this process."""
     first = shares[0]
     if isinstance(first, dict):
         return {key: put_together([share[key] for share in shares]) for key in first}

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Modules of this project that load quickly.
 QUICK = (
-    *("plumbing.errors", "plumbing.files", "plumbing.options", "plumbing.processes", "plumbing.runs"),
-    *("plumbing.samples", "tasks"),
+    *("plumbing.errors", "plumbing.figures", "plumbing.files", "plumbing.options", "plumbing.processes"),
+    *("plumbing.pages", "plumbing.runs", "plumbing.samples", "plumbing.verifier", "tasks"),
 )
 
 
