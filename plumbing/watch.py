@@ -11,6 +11,7 @@ message, 'stopped' with an exit status, or 'done'. In the other direction: 'end'
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -131,6 +132,8 @@ def report(message, show):
         show(message)
     elif processes.is_first():
         watch.speaking.acquire()  # for ever: nobody else has anything to say now
+        with contextlib.suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one of the others has ended
         show(message)
         watch.tell("end 2")
     else:
