@@ -8,6 +8,8 @@ import sys
 import time
 import traceback
 
+import torch
+
 from plumbing.errors import one_line_errors
 
 PATIENCE = 120  # seconds, after which processes that still run are killed
@@ -23,6 +25,7 @@ def fork(work, rank, count, port):
     """In a forked process: call work(rank) with what torchrun would say. What it prints goes to out-<rank>."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)  # mends torch's pool of threads after the fork, before several threads do so at a time
     with open(f"out-{rank}", "w", buffering=1) as out:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             sys.__stderr__ = out
