@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import tasks
+from plumbing import processes
 from plumbing.errors import UserError, explain
 
 EMBEDDED_MODEL = Path("runs/tiny")  # where sft.py keeps the embedded model
@@ -213,7 +214,11 @@ def without_help(words):
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints, and those of its sub-commands, become UserErrors."""
 
+    trains = False  # whether the script goes with several processes
+
     def parse_args(self, args=None, namespace=None):
+        if processes.count() > 1 and not self.trains:
+            self.error(f"{self.prog} trains nothing: start it by python, not by torchrun")
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown option or stray value: {' '.join(unknown)}{self.suggestion(unknown[0])}")
@@ -268,6 +273,7 @@ def parse(Args, EMBEDDED, argv=None):
         description=description_of(Args),
         allow_abbrev=False,
     )
+    parser.trains = True
     fields = {field.name: field for field in dataclasses.fields(Args)}
     own = [name for name in fields if name in vars(Args)["__annotations__"]]
     groups = {"of this script": own} | GROUPS

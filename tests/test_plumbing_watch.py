@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +16,11 @@ from helpers import ROOT, arguments, assert_same_run, command_line, run_script
 import bupo
 import common
 import grpo
+import sft
 from plumbing import figures
 from plumbing.errors import UserError
+from plumbing.options import EMBEDDED_MODEL
+from plumbing.runs import step_of
 
 STEPS = dict(num_prompts=6, save_steps=1, save_total_limit=0, eval_steps=0)
 
@@ -83,6 +85,22 @@ def test_an_error_of_one_process_ends_all_and_names_it(monkeypatch, model_folder
     assert statuses == [2, 2]
     [error] = errors_in(printed[0])
     assert error.startswith("error: process 1: out of GPU memory while sampling")
+
+
+# One for all ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_is_built_once(monkeypatch):
+    """Each of them building it in the same folder at the same time: half of one model and half of another."""
+    monkeypatch.setitem(sft.EMBEDDED, "max_steps", 2)
+
+    def work(rank):
+        sft.ensure_embedded()
+        assert step_of(EMBEDDED_MODEL) == 2
+
+    statuses, printed = run(2, work)
+    assert statuses == [0, 0], printed
+    assert "building the embedded model" in printed[0] and printed[1] == ""
 
 
 # Death ----------------------------------------------------------------------------------------------------------------
@@ -189,13 +207,3 @@ def test_ctrl_c_saves_and_the_same_command_resumes(options):
     assert said.count("stopped after step") == said.count("stopping after this step") == 1
     subprocess.run(command, capture_output=True, check=True)
     assert_same_run("cut", "whole")
-
-
-@pytest.mark.slow
-def test_the_embedded_model_is_built_once():
-    """Each of them building it in the same folder at the same time: half of one model and half of another."""
-    shutil.rmtree("runs", ignore_errors=True)
-    small = command_line(max_steps=1, num_prompts=2, num_generations=2, eval_steps=0, save_steps=0)
-    done = subprocess.run(torchrun(*small), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("building the embedded model") == 1 and Path("runs/tiny/model.safetensors").is_file()
