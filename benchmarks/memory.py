@@ -9,6 +9,7 @@ checkpointing and a critic: every component and the total must agree within 15%,
     python benchmarks/memory.py --micro_batch_tokens 32768 --optimizer_device cpu
     python benchmarks/memory.py --model path/to/model
     python benchmarks/memory.py --critic                     # for ppo.py
+    python benchmarks/memory.py --gpus 8                     # of each of 8 GPUs; not compared with anything yet
     python benchmarks/memory.py --check
 """
 
@@ -34,6 +35,7 @@ from plumbing.options import RunArgs, option, parse
 GIB = 2**30
 CARDS = (24, 48, 80, 141)  # GB of memory, 10^9 bytes
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "head", "cache", "total")
+OF_SEVERAL = ("shares", "gradients", "optimizer", "gathered", "activations", "head", "cache", "total")
 TOLERANCE = 0.15
 
 
@@ -42,6 +44,7 @@ class Args(RunArgs):
     check: bool = option(False, "compare the plan with live tensors of small models, instead of printing it")
     only: str = option("", "with --check: small models whose names hold this")
     critic: bool = option(False, "plan for a critic, too: a second network of this shape, trained beside the first")
+    gpus: int = option(1, "GPUs that train one model together, by torchrun; the plan is that of each", above=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,13 +61,8 @@ def plan(config, args):
     with torch.device("meta"):  # the very model, without its memory
         sizes = [p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()]
     tokens = max(longest_sequence(args), args.micro_batch_tokens)  # of a micro-batch, all completion at worst
-    matrix = config.vocab_size * config.hidden_size * s  # the head's weights
 
-    parameters = sum(sizes)
-    if args.critic:  # its gradients wait beside the policy's; the two take turns with everything below
-        parameters += sum(sizes) + config.hidden_size
-        if not config.tie_word_embeddings:
-            parameters -= config.vocab_size * config.hidden_size
+    parameters = trained_parameters(config, sizes, args)
     weights = gradients = parameters * s
     optimizer = 0
     update = 0
@@ -72,19 +70,61 @@ def plan(config, args):
         optimizer = parameters * (8 if s == 4 else 12)  # fp32 weights are their own masters
     if s != 4:
         update = 4 * max(sizes)  # one gradient at a time in fp32
-    kept, block = activations_per_token(config, s, args.gradient_checkpointing)
-    activations = tokens * (kept + block)
-    head = head_memory(config, s, tokens)
+    activations, head, one_pass = pass_memory(config, s, tokens, args)
     cache = sampling_memory(config, s, args)
-
-    # While the head runs there are also the final norm, and the completion's states picked from it.
-    D = config.hidden_size
-    under_head = tokens * (kept + norm_per_token(D, s) + s * D)
-    waiting = matrix if config.tie_word_embeddings else 0  # the head's gradient waits for the embedding's
-    training = gradients + max(activations + waiting, under_head + head, update)
+    training = gradients + max(one_pass, update)
     total = weights + optimizer + max(cache, training)
     figures = (weights, gradients, optimizer, activations, head, cache, total)
     return {name: figure / GIB for name, figure in zip(COMPONENTS, figures)}
+
+
+def plan_of_several(config, args):
+    """What `plan` tells, of each of args.gpus: shares of the weights, which are masters, and of gradients and moments,
+    all fp32; and beside them what is gathered.
+
+    While sampling that is the whole model. In training it is what lies in no block (embedding, head, final norm), the
+    block that runs, the next one, the gradient of a block, and that gradient once more in fp32, on its way to the
+    others.
+    """
+    s = 4 if args.dtype == "float32" else 2
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = [p.numel() for p in model.parameters()]
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    outside = sum(sizes) - config.num_hidden_layers * block
+    share = trained_parameters(config, sizes, args) / args.gpus
+    gathered = s * sum(sizes)
+    gathered_to_train = s * (outside + 3 * block) + 4 * max(outside, block)
+    tokens = max(longest_sequence(args), args.micro_batch_tokens)
+    activations, head, one_pass = pass_memory(config, s, tokens, args)
+    cache = sampling_memory(config, s, args)
+    total = 12 * share + max(gathered + cache, 4 * share + gathered_to_train + one_pass)
+    figures = (4 * share, 4 * share, 8 * share, gathered, activations, head, cache, total)
+    return {name: figure / GIB for name, figure in zip(OF_SEVERAL, figures)}
+
+
+def trained_parameters(config, sizes, args):
+    """How many weights have a gradient. sizes: of the model's parameters."""
+    parameters = sum(sizes)
+    if args.critic:  # its gradients wait beside the policy's; the two take turns with everything else
+        parameters += sum(sizes) + config.hidden_size
+        if not config.tie_word_embeddings:
+            parameters -= config.vocab_size * config.hidden_size
+    return parameters
+
+
+def pass_memory(config, s, tokens, args):
+    """Bytes of a micro-batch: (activations of the blocks, head, the fullest moment of forward and backward pass)."""
+    kept, block = activations_per_token(config, s, args.gradient_checkpointing)
+    activations = tokens * (kept + block)
+    head = head_memory(config, s, tokens)
+    # While the head runs there are also the final norm, and the completion's states picked from it.
+    D = config.hidden_size
+    under_head = tokens * (kept + norm_per_token(D, s) + s * D)
+    waiting = 0
+    if config.tie_word_embeddings:
+        waiting = config.vocab_size * D * s  # the head's gradient waits for the embedding's
+    return activations, head, max(activations + waiting, under_head + head)
 
 
 def longest_sequence(args):
@@ -146,7 +186,7 @@ def sampling_memory(config, s, args):
 def print_plan(name, figures):
     """One line. What fits a card must leave 5% of it to the allocator and the CUDA context."""
     fits = [str(card) for card in CARDS if figures["total"] * GIB <= 0.95e9 * card]
-    columns = "".join(f"{figures[component]:12.2f}" for component in COMPONENTS)
+    columns = "".join(f"{figure:12.2f}" for figure in figures.values())
     print(name.ljust(38) + columns + f"   {' '.join(fits) or 'none'}")
 
 
@@ -305,9 +345,10 @@ def main():
     shapes = SHAPES
     if args.model != "embedded":
         shapes = {args.model: AutoConfig.from_pretrained(args.model)}
-    print("GiB".ljust(38) + "".join(name.rjust(12) for name in COMPONENTS) + "   fits GB")
+    components = COMPONENTS if args.gpus == 1 else OF_SEVERAL
+    print("GiB".ljust(38) + "".join(name.rjust(12) for name in components) + "   fits GB")
     for name, config in shapes.items():
-        print_plan(name, plan(config, args))
+        print_plan(name, plan(config, args) if args.gpus == 1 else plan_of_several(config, args))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def resumed(tmp_path_factory, model_folder, data):
 
 
 def test_as_many_processes_resume_bit_for_bit(resumed):
-    """Moments of the wrong share, or masters that were rounded on their way through the files: a kink in every curve."""
+    """Moments of the wrong share, or masters rounded on their way through the files: a kink in every curve."""
     assert_same_run(resumed / "on-2", resumed / "whole")
 
 

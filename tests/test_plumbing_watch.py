@@ -41,7 +41,7 @@ WRONG = {
     "num_prompts_uneven": (dict(num_prompts=7), "--num_prompts 7: 2 processes cannot share them evenly; start a "),
     "num_prompts_few": (dict(num_prompts=1), "--num_prompts 1: too few for 2 processes; raise it, or start 1 at most"),
     "optimizer_device": (dict(optimizer_device="cpu"), "--optimizer_device cpu: is for one process; leave it out"),
-    "device": (dict(device="cuda:1"), "--device cuda:1: is for one process; pass cuda, and each takes a GPU of its own"),
+    "device": (dict(device="cuda:1"), "--device cuda:1: is for one process; pass cuda, and each takes a GPU"),
     "model": (dict(model="nowhere"), "--model nowhere: cannot be loaded"),
 }
 
@@ -154,7 +154,8 @@ def test_a_killed_process_ends_the_run_and_a_second_start_resumes(victim, moment
     assert statuses == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)]
     speaker = 1 if victim == 0 else 0
     lines = [errors_in(text) for text in printed]
-    assert lines.pop(speaker) == [f"error: process {victim} has died; the same command goes on from the last checkpoint"]
+    [line] = lines.pop(speaker)
+    assert line == f"error: process {victim} has died; the same command goes on from the last checkpoint"
     assert lines == [[], []]
     assert run(3, train)[0] == [0, 0, 0]
     assert run(3, lambda rank: train(rank, "whole"))[0] == [0, 0, 0]
