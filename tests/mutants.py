@@ -1324,7 +1324,7 @@ MUTANTS = [
     ),
     (
         "common.py",
-        "size = max(1, CHUNK_LOGITS // V)",
+        "size = max(1, CHUNK_LOGITS // model.get_output_embeddings().weight.shape[0])",
         "size = 2**30",
         "test_common_lens.py",
         "all tokens meet the head at once: memory grows with tokens times vocabulary",
@@ -1418,14 +1418,14 @@ MUTANTS = [
     # bookkeeping.py
     (
         "bookkeeping.py",
-        'if found["accuracy"] > best',
+        'if found["accuracy"] > distributed.of_first(best)',
         'if found["accuracy"] >= best',
         "test_em.py",
         "a later step that is only as good replaces the best model, although it is more confident",
     ),
     (
         "bookkeeping.py",
-        'if found["accuracy"] > best',
+        'if found["accuracy"] > distributed.of_first(best)',
         "if True",
         "test_em.py",
         "best/ holds the last model that was looked at, not the best one",
@@ -1892,8 +1892,8 @@ MUTANTS = [
     ),
     (
         "plumbing/optimizer.py",
-        "self.give_back(slot)\n\n    def give_back",
-        "\n    def give_back",
+        "sharding.own_share(slot.parameter.data).copy_(slot.master)",
+        "pass",
         "test_plumbing_optimizer.py",
         "updates reach the master copy and never the model",
     ),
