@@ -4,7 +4,7 @@ An algorithm file and this one say how every number of a weight update came abou
 what it does: `encode` turns a prompt into token ids by the chat template, `backbone_of(model)` is the model without its
 head (its blocks `layers` and its final `norm`), `growing_cache` keeps keys and values of the tokens read so far, and
 `optimizer.step()` scales the gradient down to --max_grad_norm, takes an AdamW step in fp32 and clears the gradients.
-Calls of `distributed` deal work out where torchrun has started several processes; in one they hand back what they get.
+Where torchrun has started several processes, `distributed` and `sharding` deal work and weights out; in one, nothing.
 
 Shapes, here and everywhere: B sequences, P prompts, G samples per prompt (B = P*G, prompt-major: all samples of prompt
 0 first), T tokens, V vocabulary, L layers, D width. Natural logarithms; entropies in nats.

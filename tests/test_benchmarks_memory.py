@@ -26,9 +26,9 @@ def planned(*options):
     done = run_script("benchmarks/memory.py", *options)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    names = lines[0].split()[1:8]
+    names = lines[0].split()[1:-2]  # what follows is: fits GB
     (row,) = [line for line in lines if line.startswith("Qwen3-4B")]
-    figures = row.split()[1:8]
+    figures = row.split()[1 : 1 + len(names)]
     return dict(zip(names, map(float, figures)))
 
 
@@ -46,3 +46,16 @@ def test_the_plan_moves_with_the_options_as_memory_does():
     assert other["optimizer"] == 0
     assert other["cache"] < 0.3 * base["cache"]
     assert other["activations"] > 1.5 * base["activations"]
+
+
+@pytest.mark.slow
+def test_the_plan_of_several_gpus_shares_what_is_kept():
+    """What every GPU keeps whole does not shrink with their number: a plan that divides it rents too few of them."""
+    one = planned()
+    plans = {gpus: planned("--gpus", gpus) for gpus in (2, 8)}
+    for gpus, found in plans.items():
+        kept = found["shares"] + found["gradients"] + found["optimizer"]
+        assert kept == pytest.approx(16 * 4.02e9 / 2**30 / gpus, rel=0.01)
+        assert found["gathered"] == one["weights"]
+        assert found["cache"] == one["cache"]
+    assert one["total"] > plans[2]["total"] > plans[8]["total"] > one["cache"] + one["weights"]

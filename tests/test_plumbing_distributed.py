@@ -11,7 +11,8 @@ from helpers import arguments, read_jsonl
 from safetensors.torch import load_file
 
 import bookkeeping
-from plumbing import figures
+import common
+from plumbing import distributed, figures
 from plumbing.optimizer import Optimizer
 
 STEPS = dict(num_prompts=6, max_steps=4, eval_steps=4, internal_steps=2, save_steps=0)
@@ -22,7 +23,7 @@ RUNS = {
     "whitened": ("grpo", dict(advantage="batch_whitened", beta=0.1, micro_batch_tokens=64), (2, 3)),
     "some_blocks": ("grpo", dict(num_minibatches=2, train_blocks="1:3", lr_below="2:0.1"), (2,)),
     "bottom_up": ("bupo", dict(num_minibatches=2), (2, 3)),
-    "bottom_up_normed": ("bupo", dict(internal_norm=True, gradient_checkpointing=True), (3,)),
+    "bottom_up_normed": ("bupo", dict(internal_norm=True, gradient_checkpointing=True, eval_problems=2), (3,)),
     "baseline": ("opo", {}, (2,)),
     "entropy": ("em", {}, (2,)),
     "critic": ("ppo", dict(num_minibatches=2, num_generations=1, critic_warmup=1), (3,)),
@@ -122,6 +123,26 @@ def test_metrics_are_those_of_one_process(name, count, trained):
         assert ours.keys() == theirs.keys()
         for metric in ours.keys() - bookkeeping.VOLATILE:
             assert alike(ours[metric], theirs[metric]), (metric, ours[metric], theirs[metric])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_rows_are_dealt_out_by_tokens(count, monkeypatch):
+    """One process with all the long answers, and the others wait for it at every block."""
+    lengths = torch.randint(5, 200, (61,), generator=torch.Generator().manual_seed(0))
+    columns = torch.arange(200)
+    attention_mask = (columns < lengths[:, None]).long()
+    rollouts = common.Rollouts(attention_mask, attention_mask, attention_mask.float(), lengths)
+    monkeypatch.setattr(distributed, "count", lambda: count)
+    monkeypatch.setattr(distributed, "in_step", lambda batches: batches)
+    dealt = []
+    tokens = []
+    for place in range(count):
+        monkeypatch.setattr(distributed, "place", lambda place=place: place)
+        rows = sum(common.micro_batches(rollouts, range(61), 512), [])
+        dealt += rows
+        tokens.append(int(lengths[rows].sum()))
+    assert sorted(dealt) == list(range(61))
+    assert max(tokens) - min(tokens) <= int(lengths.max())
 
 
 def alike(ours, theirs):

@@ -127,7 +127,7 @@ def die_in(moment, step):
 
 DEATHS = [
     (1, "backward", 3),
-    pytest.param(0, "backward", 3, marks=pytest.mark.slow),
+    (0, "backward", 3),
     pytest.param(1, "sampling", 2, marks=pytest.mark.slow),
     pytest.param(2, "saving", 2, marks=pytest.mark.slow),
     pytest.param(0, "saving", 2, marks=pytest.mark.slow),
