@@ -1945,7 +1945,7 @@ MUTANTS = [
         "            part.float()\n",
         "            pass\n",
         "test_plumbing_sharding.py",
-        "several processes keep bf16 masters: small updates round to nothing",
+        "several processes keep bf16 shares: gradients that were added up in fp32 are rounded again",
     ),
     (
         "plumbing/sharding.py",

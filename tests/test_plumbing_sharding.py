@@ -139,6 +139,9 @@ def test_what_is_bf16_is_computed_with_not_kept(model_folder, data):
             patch.setattr(common, "head_logits", head_logits)
             bupo.main(arguments(bupo, model_folder, data, **steps))
         assert dtypes == {(torch.bfloat16, torch.bfloat16)}
+        for trained, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+            model, _ = load_model(model_folder, dtype="bfloat16", trained=trained)
+            assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
     work_in_turn((2, look))
     saved = load_file("run/model.safetensors")

@@ -96,11 +96,13 @@ def test_the_embedded_model_is_built_once(monkeypatch):
 
     def work(rank):
         sft.ensure_embedded()
+        print("from here on there is one")
         assert step_of(EMBEDDED_MODEL) == 2
 
     statuses, printed = run(2, work)
     assert statuses == [0, 0], printed
-    assert "building the embedded model" in printed[0] and printed[1] == ""
+    assert "building the embedded model" in printed[0]
+    assert printed[0].endswith("from here on there is one\n") and printed[1] == ""
 
 
 # Death ----------------------------------------------------------------------------------------------------------------
