@@ -534,8 +534,9 @@ class Run:
     def move_final_model(self):
         final = self.folder / "final"
         (self.folder / "trainer_state.json").unlink(missing_ok=True)
-        for path in self.folder.glob("*-of-*.pt"):  # of a shorter run, with another number of processes
-            path.unlink()
+        for name in self.carried:
+            for path in self.folder.glob(f"{name}*.pt"):  # of a shorter run, by another number of processes maybe
+                path.unlink()
         for path in sorted(final.iterdir()):  # trainer_state.json marks a finished run: it is the last to move
             shutil.rmtree(self.folder / path.name, ignore_errors=True)  # of a folder: some tokenizers' chat templates
             os.replace(path, self.folder / path.name)

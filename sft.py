@@ -333,6 +333,7 @@ def check_data(args):
         raise UserError(f"--data {args.data}: is for a trained model; pass one as --model, say runs/tiny")
 
 
+@distributed.by_first
 def untrained_embedded(args):
     """Where the embedded model lies before its first step; it is built unless it is there. From here on it takes the
     same road as any model folder."""

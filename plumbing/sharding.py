@@ -46,7 +46,7 @@ def shard(model, device, trained):
     model.run = types.MethodType(run, model)
     register_fsdp_forward_method(model, "run")
     with torch.no_grad():
-        model.run(type)  # makes the whole model, not a block, the one that others are parts of
+        model.run(parts_of)  # any first pass: FSDP takes what runs first for the whole, and that must be no block
     model.reshard()
 
 

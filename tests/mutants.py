@@ -2005,7 +2005,7 @@ MUTANTS = [
     ),
     (
         "bookkeeping.py",
-        'self.folder.glob("*-of-*.pt")',
+        'self.folder.glob(f"{name}*.pt")',
         "()",
         "test_plumbing_sharding.py",
         "shares of an earlier number of processes stay in the run folder, and are read with the new ones",

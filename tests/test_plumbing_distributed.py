@@ -28,6 +28,7 @@ RUNS = {
     "entropy": ("em", {}, (2,)),
     "critic": ("ppo", dict(num_minibatches=2, num_generations=1, critic_warmup=1), (3,)),
     "resampled": ("variants.dapo", {}, (2,)),
+    "imitation": ("sft", dict(data="arithmetic", problems=50, max_completion_length=128, eval_steps=0), (2,)),
 }
 
 

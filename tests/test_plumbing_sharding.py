@@ -28,7 +28,8 @@ def work_in_turn(*steps):
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, model_folder, data):
     """Runs of four steps, two of them in phase one: 'whole', that two processes took at once, and those that 1, 2 and 3
-    processes finished where two had stopped after step 2 ('half'): 'on-1', 'on-2', 'on-3'."""
+    processes finished where two had stopped after step 2 ('half'): 'on-1', 'on-2', 'on-3'. And one that one process
+    began and two finished: 'begun-by-1'."""
     folder = tmp_path_factory.mktemp("resumed")
 
     def train(output_dir, max_steps=4):
@@ -46,7 +47,8 @@ def resumed(tmp_path_factory, model_folder, data):
             (2, lambda: (train("whole"), train("half", max_steps=2))),
             (1, copy_half),
             (2, lambda: train("on-2")),
-            (1, lambda: train("on-1")),
+            (1, lambda: (train("on-1"), train("begun-by-1", max_steps=2))),
+            (2, lambda: train("begun-by-1")),
             (3, lambda: train("on-3")),
         )
     return folder
@@ -57,10 +59,10 @@ def test_as_many_processes_resume_bit_for_bit(resumed):
     assert_same_run(resumed / "on-2", resumed / "whole")
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_another_number_of_processes_resumes(count, resumed):
+@pytest.mark.parametrize("name", ["on-1", "on-3", "begun-by-1"])
+def test_another_number_of_processes_resumes(name, resumed):
     """A run that can only go on where it began is lost with the machine it began on."""
-    found = load_file(resumed / f"on-{count}/model.safetensors")
+    found = load_file(resumed / name / "model.safetensors")
     expected = load_file(resumed / "whole/model.safetensors")
     assert found.keys() == expected.keys()
     for name in found:
@@ -68,10 +70,10 @@ def test_another_number_of_processes_resumes(count, resumed):
         assert distance <= 1e-5 * torch.linalg.vector_norm(expected[name]), name
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_run_folder_holds_the_shares_of_those_who_finished_it(count, resumed):
-    """Those of another number of processes, left behind by a shorter run, would be read with them."""
-    names = {path.name for path in (resumed / f"on-{count}").glob("*.pt")}
+@pytest.mark.parametrize("name, count", [("on-1", 1), ("on-2", 2), ("on-3", 3), ("begun-by-1", 2)])
+def test_a_run_folder_holds_the_shares_of_those_who_finished_it(name, count, resumed):
+    """Those of another number of processes, left behind by a shorter run, would be read in their place."""
+    names = {path.name for path in (resumed / name).glob("*.pt")}
     several = {f"optimizer-{i}-of-{count}.pt" for i in range(1, count + 1)}
     assert names == (several if count > 1 else {"optimizer.pt"})
 
