@@ -38,6 +38,7 @@ def train(name, folder, model_folder, data):
     script = importlib.import_module(script)
     options = STEPS | options
     options = {option: value for option, value in options.items() if option in script.Args.__dataclass_fields__}
+    source = options.pop("data", data)
     gradients = []
     real_norm = Optimizer.gradient_norm
 
@@ -52,7 +53,7 @@ def train(name, folder, model_folder, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "draw_curves", lambda folder: None)
         patch.setattr(Optimizer, "gradient_norm", gradient_norm)
-        script.main(arguments(script, model_folder, data, output_dir=folder, **options))
+        script.main(arguments(script, model_folder, source, output_dir=folder, **options))
     return gradients
 
 
