@@ -5,7 +5,8 @@ sampled, those to be graded, and the micro-batches. Then all of them are told wh
 added up. So an algorithm is written as for one process: a mean over the batch, or the number of its tokens, is the same
 everywhere. Every process must come by every call in here that talks to the others, and equally often.
 
-In one process `share` gives everything, and nothing else here does anything.
+Weights are dealt out in sharding.py, and what happens when a process dies is in watch.py. In one process `share` gives
+everything, and nothing else here does anything.
 """
 
 import contextlib

@@ -5,6 +5,8 @@ What they do together is in distributed.py. This file needs no torch: the files 
 
 import os
 
+TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torchrun
+
 
 def count():
     """How many processes train the model together."""
@@ -39,4 +41,4 @@ def is_first():
 
 
 def started_by_torchrun():
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_PORT" in os.environ
+    return all(name in os.environ for name in TOLD)

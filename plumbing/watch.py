@@ -19,7 +19,7 @@ import time
 
 from plumbing import processes
 
-SAME_ERROR = 3.0  # seconds in which the first process may find an error itself that another one tells of
+SAME_ERROR = 5.0  # seconds in which the first process may find an error itself that another one tells of
 ECHO = 5.0  # seconds in which it comes out that an error is only the echo of another process's death
 PATIENCE = 30.0  # seconds that a failed process waits for the first one to say so
 
