@@ -70,8 +70,8 @@ def sample(model, tokenizer, prompts, n, max_completion_length, temperature=1.0,
     """n completions per prompt from the policy itself -> Rollouts with B = len(prompts) * n rows, prompt-major.
 
     prompts: texts, chat messages or token ids. temperature 0 is greedy (its log-probs are those at temperature 1).
-    The distribution is softmax(logits / temperature), without top-k, top-p, min-p or penalty whatever generation_config
-    says, because the loss differentiates no other. One seed gives one batch. Raises UserError when GPU memory runs out.
+    The distribution is softmax(logits / temperature) and no other, whatever the model's generation_config says, because
+    the loss differentiates this one. The same seed gives the same samples. Raises UserError when GPU memory runs out.
 
     Rows are decoded in waves of at most max_rollout_tokens tokens. While other rows wait, a wave of which half has
     finished stops; its unfinished rows go on in a later wave. So a few long rows do not keep the others waiting.

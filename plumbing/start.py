@@ -16,8 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Modules of this project that load quickly.
 QUICK = (
-    *("plumbing.errors", "plumbing.figures", "plumbing.files", "plumbing.options", "plumbing.processes"),
-    *("plumbing.pages", "plumbing.runs", "plumbing.samples", "plumbing.verifier", "tasks"),
+    "plumbing.errors",
+    "plumbing.figures",
+    "plumbing.files",
+    "plumbing.options",
+    "plumbing.pages",
+    "plumbing.processes",
+    "plumbing.runs",
+    "plumbing.samples",
+    "plumbing.verifier",
+    "tasks",
 )
 
 
