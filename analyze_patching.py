@@ -39,7 +39,7 @@ from plumbing.clusters import clustered_mean
 from plumbing.errors import UserError, one_line_errors
 from plumbing.files import check_folder, make_output_folder, write_json
 from plumbing.kv_cache import growing_cache
-from plumbing.models import backbone_of, load_model, tokenize_problems
+from plumbing.models import backbone_of, load_model, refuse_other_shape, shape_of, tokenize_problems
 from plumbing.options import ASKING, add_shared_options, analysis_parser, parse_for_models, refuse_below
 from plumbing.streams import reading, replacing
 from tasks.answers import last_box
@@ -349,19 +349,6 @@ def parse(argv=None):
     return args
 
 
-def check_alike(model, other, args):
-    """Raise UserError unless the stream of one model fits into the other."""
-    for what, ours, theirs in (
-        ("number of blocks", len(backbone_of(model).layers), len(backbone_of(other).layers)),
-        ("width", model.config.hidden_size, other.config.hidden_size),
-        ("vocabulary", model.config.vocab_size, other.config.vocab_size),
-    ):
-        if ours != theirs:
-            raise UserError(
-                f"{args.other}: its {what} is {theirs}, that of {args.model} {ours}; take models of one shape"
-            )
-
-
 def chosen_blocks(model, args):
     """--blocks in order, or all. Raises UserError for a block that is not there."""
     L = len(backbone_of(model).layers)
@@ -379,7 +366,7 @@ def look(args):
     other = model
     if args.other:
         other, _ = load_model(args.other, args.device, args.dtype)
-        check_alike(model, other, args)
+        refuse_other_shape(args.other, shape_of(other), args.model, shape_of(model))
     blocks = chosen_blocks(model, args)
     problems = tasks.load_problems(args.data, "test", 8 * args.num_cases, args.system_prompt)
     template = json.loads(args.chat_template_kwargs)

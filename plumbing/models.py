@@ -151,6 +151,25 @@ def backbone_of(model):
     return backbone
 
 
+def shape_of(model):
+    """What two models must share for the stream of one to fit into the other, or to be compared with it."""
+    return {
+        "number of blocks": len(backbone_of(model).layers),
+        "width": model.config.hidden_size,
+        "vocabulary": model.config.vocab_size,
+    }
+
+
+def refuse_other_shape(path, shape, first_path, first_shape):
+    """Raise UserError unless two models have the same `shape_of`."""
+    for what, size in shape.items():
+        first_size = first_shape[what]
+        if size != first_size:
+            raise UserError(
+                f"{path}: its {what} is {size}, that of {first_path} {first_size}; take models of one shape"
+            )
+
+
 def rope_types(config):
     """Kinds of rotary position embedding that a model has: a list, of one kind for most models."""
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -2312,6 +2312,49 @@ MUTANTS = [
         "test_plumbing_verifier.py",
         "answers to a gold that nobody can read pass for wrong ones",
     ),
+    # analyze_alignment.py
+    (
+        "analyze_alignment.py",
+        "(logps_k.exp() * (logps_k - logps_l))",
+        "(logps_l.exp() * (logps_l - logps_k))",
+        "test_analyze_alignment.py",
+        "the KL from block k to a later block is that of the other direction",
+    ),
+    (
+        "analyze_alignment.py",
+        "entropy_of(logps_k) - entropy_of(below)",
+        "entropy_of(below) - entropy_of(logps_k)",
+        "test_analyze_alignment.py",
+        "a block that adds entropy is said to take it away",
+    ),
+    (
+        "analyze_alignment.py",
+        "log_policy(model, streams[-1], True, temperature)",
+        "log_policy(model, streams[-1], norm, temperature)",
+        "test_analyze_alignment.py",
+        "perplexity is that of the raw last block, which nobody samples from",
+    ),
+    (
+        "analyze_alignment.py",
+        "tokens = rollouts.mask.sum(1).double().cpu()",
+        "tokens = rollouts.attention_mask.sum(1).double().cpu()",
+        "test_analyze_alignment.py",
+        "averages are over prompt and answer, of sums over the answer alone",
+    ),
+    (
+        "analyze_alignment.py",
+        "if tokenizer.get_vocab() != first_tokenizer.get_vocab():",
+        "if len(tokenizer) != len(first_tokenizer):",
+        "test_analyze_alignment.py",
+        "a model reads answers whose token numbers mean something else to it",
+    ),
+    (
+        "plumbing/models.py",
+        '"number of blocks": len(backbone_of(model).layers),\n',
+        "",
+        "test_analyze_alignment.py",
+        "models of different depths are drawn over one axis",
+    ),
     # analyze_lens.py, analyze_patching.py, report.py and what stands under them
     (
         "analyze_lens.py",

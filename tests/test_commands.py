@@ -237,6 +237,7 @@ def test_help_describes_every_option(script, monkeypatch, capsys):
         "analyze_entropy.py",
         "analyze_lens.py",
         "analyze_patching.py",
+        "analyze_alignment.py",
         "analyze_logits.py",
         "analyze_gradients.py",
         "analyze_trajectory.py",

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, arguments, read_jsonl, run_script
+from helpers import ROOT, arguments, read_jsonl
 
 import analyze_entropy
 import bookkeeping

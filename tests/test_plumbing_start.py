@@ -14,7 +14,7 @@ from plumbing import start
 TRAINING = ["grpo.py", "bupo.py", "opo.py", "em.py", "ppo.py", "sft.py"]
 VARIANTS = ["variants/cispo.py", "variants/dapo.py", "variants/gspo.py"]
 OTHERS = ["evaluate.py", "analyze_entropy.py", "analyze_logits.py", "analyze_gradients.py", "analyze_trajectory.py"]
-OTHERS += ["analyze_lens.py", "analyze_patching.py", "report.py"]
+OTHERS += ["analyze_lens.py", "analyze_patching.py", "analyze_alignment.py", "report.py"]
 
 
 @pytest.mark.parametrize("script", TRAINING + VARIANTS + OTHERS)

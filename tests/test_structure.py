@@ -284,8 +284,12 @@ UNDER = {
     "tests": ("tests/", *LESSONS, *UNDER_LESSONS),
     "benchmarks": ("benchmarks/", *LESSONS, *UNDER_LESSONS),
 }
-# Lessons that others may import, inside the function that needs them: the embedded model, and the boundary layer.
-MEANT = {"sft.py": LESSONS, "analyze_entropy.py": ["bupo.py", "analyze_lens.py", "analyze_patching.py"]}
+# Lessons that others may import, inside the function that needs them: the embedded model, the boundary layer, streams.
+MEANT = {
+    "sft.py": LESSONS,
+    "analyze_entropy.py": ["bupo.py", "analyze_lens.py", "analyze_patching.py", "analyze_alignment.py"],
+    "analyze_lens.py": ["analyze_alignment.py"],
+}
 
 
 def importable():

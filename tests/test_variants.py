@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import objectives
 import pytest
 import torch
 from helpers import SMALL, arguments, command_line, read_jsonl, run_script, write_jsonl
