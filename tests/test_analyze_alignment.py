@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KINDS, TOKENIZER, random_answers, run_script, tiny_model
+from helpers import KINDS, TOKENIZER, random_answers, tiny_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -98,13 +98,14 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary():
     assert analyze_alignment.perplexity(dict(surprise=dict(mean=1e9))) < math.inf
 
 
-def test_script(model_folder, data):
-    """As a user runs it: before and after, the same answers for both, each model once however often it is named."""
+def test_script(model_folder, data, capsys):
+    """Before and after, the same answers for both, each model once however often it is named."""
     tiny_model(num_hidden_layers=3, embedded=True, seed=3).save_pretrained("after")
     TOKENIZER.save_pretrained("after")
-    done = run_script("analyze_alignment.py", model_folder, "after", model_folder, "--data", data, *FEW)
-    assert done.returncode == 0, done.stderr
-    assert "cos(1, 2)" in done.stdout and done.stdout.count("| after") == 1
+    words = [str(model_folder), "after", str(model_folder), "--data", str(data), *FEW]
+    analyze_alignment.main(analyze_alignment.parse(words))
+    printed = capsys.readouterr().out
+    assert "cos(1, 2)" in printed and printed.count("| after") == 1
     found = json.loads(Path("runs/alignment/alignment.json").read_text())
     assert [model["model"] for model in found["models"]] == [str(model_folder), "after"]
     before, after = found["models"]
