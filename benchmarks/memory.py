@@ -27,6 +27,7 @@ import common
 import ppo
 from benchmarks.meters import peak_bytes
 from benchmarks.models import SHAPES, blank_tokenizer, qwen3, random_model, random_rollouts
+from plumbing import precision
 from plumbing.errors import one_line_errors
 from plumbing.models import give_value_head
 from plumbing.optimizer import Optimizer
@@ -306,6 +307,22 @@ def measure(config, args):
     return {name: figure / GIB for name, figure in zip(COMPONENTS, figures)}
 
 
+class ProductOnCuda(precision.FP32Product):
+    """A bf16 head's product as it lies in the memory of a GPU; on a CPU its factors are copied to fp32 first. What the
+    logits are does not matter here."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        return torch.zeros(len(hidden), len(weight))
+
+
+def product_on_cuda(hidden, weight):
+    if hidden.dtype == torch.bfloat16:
+        return ProductOnCuda.apply(hidden, weight)
+    return precision.fp32_product(hidden, weight)
+
+
 def checks(only):
     """Yield (name, planned, measured) for small models whose names hold `only`, with and without checkpointing."""
     for name, small in SMALL.items():
@@ -322,7 +339,7 @@ def checks(only):
                 gradient_checkpointing=checkpointing,
             )
             chunk = 64 * small.config.vocab_size  # several chunks a micro-batch
-            with mock.patch.object(common, "CHUNK_LOGITS", chunk):
+            with mock.patch.multiple(common, CHUNK_LOGITS=chunk, fp32_product=product_on_cuda):
                 yield name + ending, plan(small.config, args), measure(small.config, args)
 
 

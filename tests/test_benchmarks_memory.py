@@ -6,7 +6,7 @@ from helpers import run_script
 
 @pytest.mark.parametrize(
     "only, models",
-    [("large", 1), pytest.param("", 4, marks=pytest.mark.slow)],
+    [("wide", 1), pytest.param("", 4, marks=pytest.mark.slow)],
     ids=["one_model", "all"],
 )
 def test_the_plan_is_what_live_tensors_take(only, models):
