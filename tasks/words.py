@@ -3,8 +3,8 @@
 Two sets of templates that share no sentence. words: its test split asks about held-out numbers in the sentences that
 were trained. words-unseen: other sentences, the same arithmetic; evaluate on it to see what carries over.
 
-The teacher of sft.py's cold start is imperfect, as that of arithmetic is: he guesses at once in 30% of his examples,
-and slips in 10% of his steps. So there is a better behaviour to be amplified.
+The teacher of sft.py's cold start is imperfect as that of arithmetic is: he guesses at once in 40% of his examples,
+and slips in 18% of his steps. So there is a better behaviour to be amplified.
 """
 
 import hashlib
@@ -120,9 +120,9 @@ def is_held_out(text):
 # The teacher
 # ---------------------------------------------------------------------------------------------------------------------
 
-GUESSES = 0.3  # share of examples that are answered at once
+GUESSES = 0.4  # share of examples that are answered at once
 RIGHT_GUESSES = 0.3  # share of those that are right
-SLIPS = 0.1  # share of wrong steps
+SLIPS = 0.18  # share of wrong steps
 
 
 def teach(problem, generator, guesses=GUESSES):
