@@ -59,8 +59,8 @@ def entropy_of(logps):
 
 
 def measure(model, streams, targets, k, norm, temperature):
-    """Everything above, token by token -> dict: cosine and kl [L - k, n], for l = k..L-1; entropy_change [n], for k > 0;
-    surprise [n], which is -ln pi(o_t).
+    """Everything above, token by token -> dict: cosine and kl [L - k, n], for l = k..L-1; entropy_change [n] unless k
+    is 0; surprise [n], which is -ln pi(o_t).
 
     streams: the stream after every block, a list of L tensors [n, D]. targets: the tokens o_t [n] that they predict.
     """

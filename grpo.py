@@ -12,7 +12,7 @@ Left out: the paper's mean per sequence (1/|o|), which favours short right and l
 alike. KL to a reference is off (beta 0), as in the papers this repository follows.
 
     python grpo.py                                           # embedded model, no GPU, no network: minutes
-    python grpo.py --num_minibatches 1 --output_dir runs/grpo_on_policy
+    python grpo.py --num_minibatches 4 --output_dir runs/grpo_4     # four updates a batch: the ratio leaves 1
     python grpo.py --model Qwen/Qwen3-4B --data deepmath.jsonl --eval_data math500.jsonl
 """
 

@@ -55,7 +55,7 @@ def test_the_teacher_is_right_more_often_by_steps_than_by_guesses():
     rewards = grade(texts, problems)
     guessed = [reward for text, reward in zip(texts, rewards) if text.startswith("\\boxed")]
     worked = [reward for text, reward in zip(texts, rewards) if not text.startswith("\\boxed")]
-    assert 0.25 < len(guessed) / len(texts) < 0.35
+    assert abs(len(guessed) / len(texts) - words.GUESSES) < 0.05
     assert 0.2 < sum(guessed) / len(guessed) < 0.4
     assert 0.75 < sum(worked) / len(worked) < 0.95
     right = [text for text, reward in zip(texts, rewards) if reward == 1 and text not in guessed]
