@@ -57,7 +57,7 @@ def test_the_teacher_is_right_more_often_by_steps_than_by_guesses():
     worked = [reward for text, reward in zip(texts, rewards) if not text.startswith("\\boxed")]
     assert abs(len(guessed) / len(texts) - words.GUESSES) < 0.05
     assert 0.2 < sum(guessed) / len(guessed) < 0.4
-    assert 0.75 < sum(worked) / len(worked) < 0.95
+    assert 0.65 < sum(worked) / len(worked) < 0.85
     right = [text for text, reward in zip(texts, rewards) if reward == 1 and text not in guessed]
     assert any(re.fullmatch(r"(\d+ [-+*/] \d+ = \d+\n){3}\\boxed\{\d+\}", text) for text in right)
 
