@@ -138,7 +138,7 @@ def perplexity(result):
 
 
 def draw_alignment(results, k):
-    """Cosine and KL of block k with every later block, a curve per model; perplexity, a point per model."""
+    """Cosine and KL of block k with every later block, a curve per model; surprise, a point per model."""
     figure, axes = figures.panels(1, 3, 13, 4.6)
     titles = {
         "cosine": f"features: cos(S_{k}, S_l)",
@@ -151,10 +151,9 @@ def draw_alignment(results, k):
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis = axes[0][2]
     for i, result in enumerate(results):
-        style = figures.style_of(i)
-        axis.plot([i], [perplexity(result)], color=style["color"], marker=style["marker"])
-    axis.set(title="perplexity of the whole policy", xlabel="model, in the order below", xticks=range(len(results)))
-    figures.logarithmic(axis.set_yscale, axis.yaxis)
+        found = result["surprise"]
+        axis.errorbar(i, found["mean"], found["standard_error"], **figures.style_of(i))
+    axis.set(title="whole policy: ln perplexity, nats", xlabel="model, in the order below", xticks=range(len(results)))
     figures.legend_below(figure, axes[0][0], 3)
     return figure
 
