@@ -176,7 +176,8 @@ def parse(argv=None):
     """Command line -> namespace. Raises UserError for unknown options and bad values."""
     parser = analysis_parser(__doc__)
     add = parser.add_argument
-    add("models", nargs="+", help="run folders, checkpoints, hub ids, 'embedded'; the first writes the answers")
+    sources = "run folders, checkpoints, hub ids, 'embedded'; the first one writes the answers"
+    add("models", nargs="*", default=["embedded"], help=sources)
     add("--data", help="problems, as for the training scripts; for embedded models: arithmetic")
     add("--num_samples", type=int, default=64, help="answers, one to each of so many held-out problems")
     add("--internal_layer", type=int, default=5, help="block k whose policy phase one has trained, 0-based")

@@ -401,7 +401,6 @@ WHOLE = [
     ("analyze_patching.py gone/model --data arithmetic", "--model gone/model: cannot be loaded"),
     ("analyze_patching.py Qwen/Qwen3-4B", "--data: needed"),
     ("analyze_patching.py model --output_dir folders/patching.json", "patching.json/patching.json: is no file"),
-    ("analyze_alignment.py", "arguments are required: models"),
     ("analyze_alignment.py model --num_samples 0", "--num_samples 0: must be 1 or more"),
     ("analyze_alignment.py model --internal_layer -1", "--internal_layer -1: must be 0 or more"),
     ("analyze_alignment.py gone/model --data arithmetic", "--model gone/model: cannot be loaded"),
