@@ -446,6 +446,13 @@ def stages(ffn_entropy_change):
     return names
 
 
+def last_positive(ffn_entropy_change):
+    """dH_ffn of every block -> the last block, 0-based, whose FFN adds any entropy at all: the paper's rule to the
+    letter, which takes noise around 0 for exploration. None if there is none."""
+    adding = [k for k, change in enumerate(ffn_entropy_change) if change > 0]
+    return adding[-1] if adding else None
+
+
 def boundary_layer(ffn_entropy_change):
     """dH_ffn of every block -> the last block, 0-based, whose FFN adds entropy, by more than the tolerance of `stages`:
     the one that the paper trains first. Raises UserError, with the numbers it rests on, if there is none."""
@@ -553,6 +560,9 @@ def found_layer(layer, layers, dH, positions):
         above = max(layers[layer + 1 :], key=lambda here: here[dH])
         line += f"; above it at most {number(above, dH)}, in block {above['layer']}"
     line += f"; {lens}, {positions} tokens)"
+    plain = last_positive([here[dH] for here in layers])
+    if plain is not None and plain > layer:
+        line += f"; by its sign alone it would be block {plain}, which adds {number(layers[plain], dH)}"
     if layer + 1 == len(layers) and dH.startswith("normed_"):
         line += "; that is the whole policy, and phase one will be GRPO: better choose a lower block"
     return line
@@ -599,6 +609,8 @@ def table(result):
         stage = here["stage"]
         if here["layer"] == result["boundary_layer"]:
             stage += ", boundary layer"
+        if here["layer"] == result["last_positive"]:
+            stage += ", last above 0"
         lines += two_lines(f"{here['layer']:5d}", here, COLUMNS.values(), f"  {stage}")
     lines += two_lines("whole", result, [WHOLE_COLUMNS.get(name) for name in COLUMNS.values()])
     return "\n".join(lines)
@@ -874,6 +886,7 @@ def look_at(path, args):
         answers=len(rollouts.ids),
         ln_vocab=math.log(model.get_output_embeddings().weight.shape[0]),
         boundary_layer=boundary,
+        last_positive=last_positive(ffn),
         answer=shown_answer(tokenizer, rollouts, args.answer, measured.pop("heat")),
         **measured,
     )

@@ -21,7 +21,7 @@ import analyze_entropy
 import bupo
 import common
 import tasks
-from analyze_entropy import analyze, boundary_layer, choose_positions, stages
+from analyze_entropy import analyze, boundary_layer, choose_positions, last_positive, stages
 from plumbing import figures
 from plumbing.clusters import clustered_mean
 from plumbing.errors import UserError
@@ -427,6 +427,13 @@ def test_boundary_layer_is_the_last_that_explores():
     assert boundary_layer(torch.tensor([1.0, -1.0]).tolist()) == 0
 
 
+def test_the_rule_of_the_paper_asks_for_the_sign_alone():
+    """Both are shown: who reads only one cannot tell a boundary from a rounding error."""
+    assert last_positive([4.0, 0.05, -10.0]) == 1
+    assert last_positive([1.5, 0.0, -2.0]) == 0
+    assert last_positive([-1.0, -0.1]) is None
+
+
 def test_stages_are_named_by_sign_beyond_the_tolerance():
     assert stages([4.0, 0.1, -0.1, -10.0]) == ["exploration", "integration", "integration", "convergence"]
     assert stages([0.0, 0.0]) == ["integration", "integration"]
@@ -439,7 +446,7 @@ def result_of(model, ffn):
         means = dict(dH_ffn=change, dH_attn=-change, entropy_resid_post=10 * change)
         errors = dict(dH_ffn=0.3, dH_attn=0.1, entropy_resid_post=0.2)
         layers.append(dict(layer=k, stage=stage, **means, standard_error=errors))
-    return dict(model=model, layers=layers, boundary_layer=boundary_layer(ffn))
+    return dict(model=model, layers=layers, boundary_layer=boundary_layer(ffn), last_positive=last_positive(ffn))
 
 
 def test_stages_are_shaded_along_the_blocks():
@@ -489,6 +496,10 @@ def test_the_boundary_that_was_found_is_said_with_its_numbers():
     assert "\n" not in line
     assert "block 1 of 0 to 3" in line
     assert "+0.500 ±0.300 nats; above it at most -0.100 ±0.300, in block 3; no norm, 640 tokens" in line
+    assert "sign alone" not in line
+    nearly = result_of("a", [2.0, 0.5, -4.0, 0.01])["layers"]
+    line = analyze_entropy.found_layer(1, nearly, "dH_ffn", 9)
+    assert "by its sign alone it would be block 3, which adds +0.010" in line
     top = analyze_entropy.found_layer(3, layers, "dH_ffn", 640)
     assert "above it" not in top and "whole policy" not in top
     for here in layers:
