@@ -1,6 +1,7 @@
 """Models and their tokenizers: loading, checking, and turning prompts into tokens."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -22,6 +23,10 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 LISTED = 9  # of many faulty problems, so many are named
 
 TEMPLATE_SECONDS = 10  # that a chat template may take for one prompt: it is a program, and may loop
+
+# Parameters, below which a model on the CPU runs on one thread: its products are over before a second thread has begun.
+# `python benchmarks/threads.py` measures it.
+SMALL = 2 * 10**6
 
 # Kinds of blocks that the sampler's cache can serve. Others, as in hybrids with linear attention, keep a state instead.
 KEEPS_KEYS_AND_VALUES = ("full_attention", "sliding_attention")
@@ -68,9 +73,19 @@ def load_model(path, device="auto", dtype="auto"):
         raise UserError(f"--device {device}: holds shapes and no numbers; choose another device")
     with explain(f"--device {device}: the model cannot go there", "choose another device"):
         model.to(device)
+    spare_threads(model)
     replace_invalid_generation_config(model)
     switch_dropout_off(model)
     return model.eval(), tokenizer
+
+
+def spare_threads(model):
+    """Let torch use one thread from here on, if the model is small and on the CPU. So a busy machine, and one of many
+    cores, do not slow it down, and its numbers do not depend on the number of cores. OMP_NUM_THREADS, if set, rules."""
+    if "OMP_NUM_THREADS" in os.environ or model.device.type != "cpu":
+        return
+    if model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
 
 
 def load_critic(args):
