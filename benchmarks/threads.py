@@ -75,7 +75,9 @@ def medians(rounds, steps, busy):
     try:
         for _ in range(rounds):
             for way in WAYS:
-                times[way] += measure(way, steps)
+                pairs = measure(way, steps)
+                print(f"  {busy} busy, {way}: {', '.join(f'{wall:.2f}' for wall, _ in pairs)} s", flush=True)
+                times[way] += pairs
     finally:
         for other in others:
             other.kill()
