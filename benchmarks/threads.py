@@ -110,7 +110,8 @@ def main():
         worker(args.worker)
         return
     cores = os.cpu_count()
-    print(f"seconds of a step, {cores} cores, load {os.getloadavg()[0]:.1f} before; alone, then beside {cores} busy ones")
+    load = os.getloadavg()[0]
+    print(f"seconds of a step, {cores} cores, load {load:.1f} before; alone, then beside {cores} busy ones")
     alone = medians(args.rounds, args.steps, 0)
     beside = medians(args.rounds, args.steps, cores)
     print("\n".join(report(alone, beside)))
