@@ -24,8 +24,8 @@ LISTED = 9  # of many faulty problems, so many are named
 
 TEMPLATE_SECONDS = 10  # that a chat template may take for one prompt: it is a program, and may loop
 
-# Parameters, below which a model on the CPU runs on one thread: its products are over before a second thread has begun.
-# `python benchmarks/threads.py` measures it.
+# Parameters, below which a model on the CPU runs on one thread: a product is over before a second thread has begun. The
+# number is a guess; `python benchmarks/threads.py` compares the ways to run the embedded size.
 SMALL = 2 * 10**6
 
 # Kinds of blocks that the sampler's cache can serve. Others, as in hybrids with linear attention, keep a state instead.
