@@ -95,6 +95,7 @@ class Run:
         self.args = args
         self.folder = Path(args.output_dir)
         self.stepping = False  # whether a step has begun
+        self.epoch = None  # whose permutation of the problems `order` is
         self.shown = ""  # on the progress bar, of the last step
         self.stop_signal = None  # the number of the signal that asked this run to stop
         self.agreed_signal = 0  # the same as `save` has found it, in every process
@@ -308,9 +309,11 @@ class Run:
         resuming needs no stored position. The few problems left over at the end of an epoch are dropped."""
         P = self.args.num_prompts
         epoch, block = divmod(step - 1, len(self.problems) // P)
-        order = list(self.problems)
-        random.Random(f"{self.args.seed}-{epoch}").shuffle(order)
-        return order[block * P : (block + 1) * P]
+        if epoch != self.epoch:  # once an epoch: to shuffle 20,000 problems takes as long as to train on three
+            self.epoch = epoch
+            self.order = list(self.problems)
+            random.Random(f"{self.args.seed}-{epoch}").shuffle(self.order)
+        return self.order[block * P : (block + 1) * P]
 
     def lap(self, stage):
         """Charge the time since this step's last lap to `stage`."""

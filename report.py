@@ -32,7 +32,7 @@ from plumbing import figures, pages
 from plumbing.errors import UserError, explain, one_line_errors
 from plumbing.files import parsed_record, read_json, read_log, write_text
 from plumbing.models import backbone_of, load_model, tokenize_problems
-from plumbing.options import add_shared_options, analysis_parser, check_shared_options, is_embedded, refuse_below
+from plumbing.options import add_shared_options, analysis_parser, check_shared_options, refuse_below
 from plumbing.runs import is_number, labels_of, step_of
 from plumbing.samples import is_text
 from plumbing.tuned_lens import lens_folder, load_lens
@@ -425,8 +425,6 @@ def load_policies(run, args, notes):
     if not run.finished and checkpoints:
         end = checkpoints[-1]
         notes.append(f"The last model of {run.label} is that of {end.name}.")
-    if is_embedded(run.path):
-        torch.set_num_threads(1)  # it is so small that a second thread only waits, on a busy machine for a minute
     models = {}
     paths = dict(end=str(end), start=run.text("model"))
     tokenizer = None

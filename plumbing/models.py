@@ -1,6 +1,7 @@
 """Models and their tokenizers: loading, checking, and turning prompts into tokens."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -24,6 +25,10 @@ LISTED = 9  # of many faulty problems, so many are named
 
 TEMPLATE_SECONDS = 10  # that a chat template may take for one prompt: it is a program, and may loop
 
+# Parameters, below which a model on the CPU runs on one thread: a product is over before a second thread has begun. The
+# number is a guess; `python benchmarks/threads.py` compares the ways to run the embedded size.
+SMALL = 2 * 10**6
+
 # Kinds of blocks that the sampler's cache can serve. Others, as in hybrids with linear attention, keep a state instead.
 KEEPS_KEYS_AND_VALUES = ("full_attention", "sliding_attention")
 
@@ -42,6 +47,7 @@ def load_model(path, device="auto", dtype="auto", trained=False):
     model, tokenizer = read_model(path, device, dtype)
     with explain(f"--device {device}: the model cannot go there", "choose another device"):
         sharding.place(model, device, trained)
+    spare_threads(model)
     return model, tokenizer
 
 
@@ -82,6 +88,15 @@ def read_model(path, device, dtype):
     replace_invalid_generation_config(model)
     switch_dropout_off(model)
     return model.eval(), tokenizer
+
+
+def spare_threads(model):
+    """Let torch use one thread from here on, if the model is small and on the CPU. So a busy machine, and one of many
+    cores, do not slow it down, and its numbers do not depend on the number of cores. OMP_NUM_THREADS, if set, rules."""
+    if "OMP_NUM_THREADS" in os.environ or model.device.type != "cpu":
+        return
+    if model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
 
 
 def load_critic(args):

@@ -1,4 +1,5 @@
-"""The first second of a script: --help answers before torch is loaded, and Ctrl-C ends in one line meanwhile.
+"""The first second of a script: --help answers before torch is loaded, Ctrl-C ends in one line meanwhile, and torch's
+threads are told to sleep while they wait.
 
 Every script imports this file first. Loading torch and transformers takes seconds, and for its help a script needs
 neither: its options depend on its constants, on its class Args and on functions that no library is called in.
@@ -75,7 +76,14 @@ def end_quietly(number, frame):
     os._exit(128 + number)
 
 
+def wait_asleep():
+    """Threads of torch that have nothing to do shall sleep, not spin: on a busy machine, one that spins takes the core
+    from the one it waits for. OpenMP reads this once, while torch is imported; whoever has set it keeps it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 if running_script():
+    wait_asleep()
     signal.signal(signal.SIGINT, end_quietly)  # until `plumbing.errors.one_line_errors` takes over
     if {"-h", "--help"} & set(sys.argv[1:]):
         answer_help(running_script())

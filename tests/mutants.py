@@ -5,6 +5,56 @@ it stands.
 """
 
 MUTANTS = [
+    # threads and the speedrun
+    (
+        "plumbing/start.py",
+        'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")',
+        'os.environ["OMP_WAIT_POLICY"] = "PASSIVE"',
+        "test_plumbing_start.py",
+        "a user who lets threads spin on a machine of his own is overruled",
+    ),
+    (
+        "plumbing/models.py",
+        'if "OMP_NUM_THREADS" in os.environ or model',
+        "if model",
+        "test_plumbing_models.py",
+        "the number of threads that the user asked for is forgotten",
+    ),
+    (
+        "plumbing/models.py",
+        "if model.num_parameters() < SMALL:",
+        "if model.num_parameters() > SMALL:",
+        "test_plumbing_models.py",
+        "large models get one thread, small ones all: both the wrong way round",
+    ),
+    (
+        "bookkeeping.py",
+        "if epoch != self.epoch:",
+        "if self.epoch is None:",
+        "test_bookkeeping_order.py",
+        "every epoch has the order of the first",
+    ),
+    (
+        "bookkeeping.py",
+        "            self.epoch = epoch\n",
+        "",
+        "test_bookkeeping_order.py",
+        "all problems are shuffled in every step: slow again",
+    ),
+    (
+        "benchmarks/speedrun.py",
+        "accuracy > GOAL and after > GOAL",
+        "accuracy > GOAL",
+        "test_benchmarks_speedrun.py",
+        "one lucky evaluation ends a run",
+    ),
+    (
+        "benchmarks/speedrun.py",
+        "if reached is None or step <= reached]",
+        "]",
+        "test_benchmarks_speedrun.py",
+        "the steps that only confirm are counted, too",
+    ),
     # grpo.py
     (
         "grpo.py",

@@ -1,5 +1,7 @@
 """The order of training: every problem once per epoch, and nothing that a resumed run could miss."""
 
+import random
+
 import pytest
 from helpers import arguments
 
@@ -46,3 +48,11 @@ def test_order_depends_on_seed_and_step_only(run_over):
     assert [run.batch(step) for step in range(1, 9)] == batches
     other = run_over(12, seed=1)
     assert [other.batch(step) for step in range(1, 9)] != batches
+
+
+def test_the_problems_are_shuffled_once_an_epoch(run_over, monkeypatch):
+    """Shuffling all of them in every step took 4 of 100 seconds of imitation."""
+    shuffled = []
+    monkeypatch.setattr(random.Random, "shuffle", lambda generator, order: shuffled.append(len(order)))
+    drawn(run_over(12), range(1, 9))
+    assert shuffled == [12, 12]

@@ -302,3 +302,21 @@ def test_the_code_in_a_model_folder_never_runs(tmp_path, monkeypatch):
     with pytest.raises(UserError):
         load_model(str(tmp_path), "cpu")
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    "own, hidden_size, expected",
+    [(None, 32, [1]), (None, 512, []), ("2", 32, [])],
+    ids=["small", "large", "OMP_NUM_THREADS"],
+)
+def test_a_small_model_takes_one_thread_unless_the_user_says_otherwise(own, hidden_size, expected, monkeypatch):
+    """A second thread makes its products no faster, and on a busy machine each step waits for it."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    tiny_model(hidden_size=hidden_size, intermediate_size=1024).save_pretrained("model")
+    TOKENIZER.save_pretrained("model")
+    load_model("model")
+    assert chosen == expected

@@ -1,5 +1,6 @@
 """The first second of a script: help without libraries, and Ctrl-C while they load."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -53,3 +54,23 @@ def test_ctrl_c_while_libraries_load_is_one_line():
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said == "interrupted\n"
+
+
+@pytest.mark.parametrize("own, expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(own, expected, monkeypatch):
+    """Threads that spin made a step of 3 seconds one of 60 on a busy machine."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    start.wait_asleep()
+    assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
+def test_threads_are_told_to_sleep_before_torch_is_loaded():
+    """OpenMP reads its settings while torch is imported: a line too late, and nothing changes, without a word."""
+    code = "import sys, runpy; sys.modules['torch'] = None; sys.modules['__main__'].__file__ = 'grpo.py'\n"
+    code += "try: import plumbing.start, torch\nexcept ImportError: pass\n"
+    code += "import os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "PASSIVE\n", done.stderr

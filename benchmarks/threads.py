@@ -1,0 +1,121 @@
+"""How many threads a small model is worth, and what waiting costs: alone, and beside as many busy processes as cores.
+
+Three ways to run one step of imitation and one of sampling at the embedded model's size take turns, each in a process
+of its own, since OpenMP reads its settings once:
+
+    one thread      what the scripts take for a small model
+    all, asleep     a thread for every core; those that wait sleep (OMP_WAIT_POLICY=PASSIVE), what the scripts take for
+                    larger models
+    all, spinning   the same as torch comes: those that wait ask again and again whether there is work
+
+Beside wall time stands processor time: other work on the machine changes it little.
+
+    python benchmarks/threads.py                     # minutes, most of them for the spinning threads
+    python benchmarks/threads.py --steps 3 --rounds 1
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+
+WAYS = {
+    "one thread": dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"),
+    "all, asleep": dict(OMP_NUM_THREADS=str(os.cpu_count()), OMP_WAIT_POLICY="PASSIVE"),
+    "all, spinning": dict(OMP_NUM_THREADS=str(os.cpu_count())),
+}
+BUSY = "while True: pass"  # what a busy process does
+
+
+def worker(steps):
+    """Print seconds and processor seconds of every step, as JSON."""
+    sys.path[0] = os.path.dirname(sys.path[0])  # imports start at the root of the repository
+    import common
+    from benchmarks.models import blank_tokenizer, qwen3, random_model, random_rollouts
+
+    model = random_model(qwen3(96, 288, 6, 6, 3, V=103, head_dim=16))
+    lengths = [random.Random(row).choice([8, 30]) for row in range(32)]
+    batch = random_rollouts(103, [13] * 32, lengths)
+    prompts = [list(range(1, 14))] * 16
+
+    def step():
+        logps, _ = common.completion_logps(model, batch, list(range(32)), 1.0)
+        (-(logps * batch.mask).sum()).backward()
+        model.zero_grad()
+        common.sample(model, blank_tokenizer(), prompts, 16, max_completion_length=6)
+
+    step()  # the first one allocates
+    times = []
+    for _ in range(steps):
+        wall = time.perf_counter()
+        processor = time.process_time()
+        step()
+        times.append((time.perf_counter() - wall, time.process_time() - processor))
+    print(json.dumps(times))
+
+
+def measure(way, steps):
+    """(seconds, processor seconds) of every step, in a process with this way's settings."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    command = [sys.executable, __file__, "--worker", str(steps)]
+    done = subprocess.run(command, env=environment | WAYS[way], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {done.stderr.strip().splitlines()[-1:]}")
+    return [tuple(pair) for pair in json.loads(done.stdout)]
+
+
+def medians(rounds, steps, busy):
+    """way -> (median seconds, median processor seconds) of a step, while `busy` processes do nothing, all the time."""
+    others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
+    times = {way: [] for way in WAYS}
+    try:
+        for _ in range(rounds):
+            for way in WAYS:
+                pairs = measure(way, steps)
+                print(f"  {busy} busy, {way}: {', '.join(f'{wall:.2f}' for wall, _ in pairs)} s", flush=True)
+                times[way] += pairs
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    found = {}
+    for way, pairs in times.items():
+        walls, processors = zip(*pairs)
+        found[way] = statistics.median(walls), statistics.median(processors)
+    return found
+
+
+def report(alone, beside):
+    """Lines of the table: seconds and processor seconds of a step, how much slower it got, and against one thread."""
+    lines = [f"{'':15}{'alone':>8}{'CPU':>8}{'beside':>9}{'CPU':>8}{'slower':>9}{'against one thread':>20}"]
+    for way in WAYS:
+        slower = beside[way][0] / alone[way][0]
+        against = f"{alone[way][0] / alone['one thread'][0]:.2f}, {beside[way][0] / beside['one thread'][0]:.2f}"
+        seconds = f"{alone[way][0]:8.2f}{alone[way][1]:8.2f}{beside[way][0]:9.2f}{beside[way][1]:8.2f}"
+        lines.append(f"{way:15}{seconds}{slower:9.2f}{against:>20}")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each way")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker)
+        return
+    cores = os.cpu_count()
+    load = os.getloadavg()[0]
+    print(f"seconds of a step, {cores} cores, load {load:.1f} before; alone, then beside {cores} busy ones")
+    alone = medians(args.rounds, args.steps, 0)
+    beside = medians(args.rounds, args.steps, cores)
+    print("\n".join(report(alone, beside)))
+
+
+if __name__ == "__main__":
+    main()
