@@ -309,7 +309,7 @@ class Run:
         resuming needs no stored position. The few problems left over at the end of an epoch are dropped."""
         P = self.args.num_prompts
         epoch, block = divmod(step - 1, len(self.problems) // P)
-        if epoch != self.epoch:  # once an epoch: to shuffle 20,000 problems takes as long as to train on three
+        if epoch != self.epoch:  # once an epoch: shuffling 20,000 problems takes its time
             self.epoch = epoch
             self.order = list(self.problems)
             random.Random(f"{self.args.seed}-{epoch}").shuffle(self.order)
