@@ -95,7 +95,8 @@ class Run:
         self.args = args
         self.folder = Path(args.output_dir)
         self.stepping = False  # whether a step has begun
-        self.epoch = None  # whose permutation of the problems `order` is
+        self.order = []  # a permutation of the problems
+        self.epoch = None  # the epoch whose permutation that is
         self.shown = ""  # on the progress bar, of the last step
         self.stop_signal = None  # the number of the signal that asked this run to stop
         self.agreed_signal = 0  # the same as `save` has found it, in every process

@@ -10,34 +10,33 @@ TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "
 
 def count():
     """How many processes train the model together."""
-    if started_by_torchrun():
-        return int(os.environ["WORLD_SIZE"])
-    return 1
+    return told("WORLD_SIZE", alone=1)
 
 
 def rank():
     """The number of this process, 0 to count() - 1. The first one writes the run folder and speaks to the user."""
-    if started_by_torchrun():
-        return int(os.environ["RANK"])
-    return 0
+    return told("RANK", alone=0)
 
 
 def place_on_machine():
     """The number of this process among those of its machine."""
-    if started_by_torchrun():
-        return int(os.environ["LOCAL_RANK"])
-    return 0
+    return told("LOCAL_RANK", alone=0)
 
 
 def count_on_machine():
     """How many of the processes are on this machine."""
-    if started_by_torchrun():
-        return int(os.environ["LOCAL_WORLD_SIZE"])
-    return 1
+    return told("LOCAL_WORLD_SIZE", alone=1)
 
 
 def is_first():
     return rank() == 0
+
+
+def told(name, alone):
+    """A number that torchrun has told this process; `alone` where it was not started by torchrun."""
+    if started_by_torchrun():
+        return int(os.environ[name])
+    return alone
 
 
 def started_by_torchrun():

@@ -75,6 +75,18 @@ def tiny_model(family="qwen3", tied=True, seed=0, **overrides):
     return model.eval()
 
 
+def textbook_streams(model, ids):
+    """transformers' own hidden states [L][T, D] behind the blocks; its last entry is normed, so a hook takes that."""
+    found = []
+    hook = model.model.layers[-1].register_forward_hook(
+        lambda m, i, out: found.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        states = model(ids[None], output_hidden_states=True).hidden_states
+    hook.remove()
+    return [state[0] for state in states[1:-1]] + [found[0][0]]
+
+
 def random_answers(n=5, longest=9, seed=0):
     """n prompts and completions of random tokens and different lengths -> (prompts, completions, Rollouts)."""
     generator = torch.Generator().manual_seed(seed)

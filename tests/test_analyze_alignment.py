@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KINDS, TOKENIZER, random_answers, tiny_model
+from helpers import KINDS, TOKENIZER, random_answers, textbook_streams, tiny_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -22,18 +22,6 @@ def args_of(*options):
     return analyze_alignment.parse(["some/model", "--data", "arithmetic", *FEW, *map(str, options)])
 
 
-def states_by_hand(model, ids):
-    """The stream behind every block [L][T, D], by transformers' own output; its last entry is normed, so a hook takes
-    that."""
-    found = []
-    hook = model.model.layers[-1].register_forward_hook(
-        lambda m, i, out: found.append(out[0] if isinstance(out, tuple) else out)
-    )
-    states = model(ids[None], output_hidden_states=True).hidden_states
-    hook.remove()
-    return [state[0] for state in states[1:-1]] + [found[0][0]]
-
-
 def by_hand(model, rollouts, k, norm, temperature):
     """Sums over tokens and their number, position by position as the docstring of the script has it."""
     L = len(model.model.layers)
@@ -42,7 +30,7 @@ def by_hand(model, rollouts, k, norm, temperature):
     for row in range(len(rollouts.ids)):
         length = int(rollouts.attention_mask[row].sum())
         ids = rollouts.ids[row, :length]
-        states = states_by_hand(model, ids)
+        states = textbook_streams(model, ids)
         whole = (model(ids[None]).logits[0] / temperature).log_softmax(-1)
         for t in range(length - int(rollouts.lengths[row]), length):
             at = [state[t - 1] for state in states]  # the state that predicts token t

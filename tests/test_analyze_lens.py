@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KINDS, TOKENIZER, random_answers, run_script, tiny_model
+from helpers import KINDS, TOKENIZER, random_answers, run_script, textbook_streams, tiny_model
 
 import analyze_lens
 import common
@@ -28,18 +28,6 @@ def drawn_lens(model, seed=0):
     for parameter in lens.parameters():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return lens
-
-
-def textbook_streams(model, ids):
-    """transformers' own hidden states [L][T, D] behind the blocks; its last entry is normed, so a hook takes that."""
-    found = []
-    hook = model.model.layers[-1].register_forward_hook(
-        lambda m, i, out: found.append(out[0] if isinstance(out, tuple) else out)
-    )
-    with torch.no_grad():
-        states = model(ids[None], output_hidden_states=True).hidden_states
-    hook.remove()
-    return [state[0] for state in states[1:-1]] + [found[0][0]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
