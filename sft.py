@@ -156,7 +156,7 @@ def ensure_embedded():
     folder = Path(args.output_dir)
     if step_of(folder) >= args.max_steps:
         return
-    print(f"building the embedded model, once: {args.max_steps} steps, about 3 minutes on two cores")
+    print(f"building the embedded model, once: {args.max_steps} steps, 4 to 6 minutes")
     print("it learns sums from a teacher who guesses and slips: there is something to improve")
     print(f"it will lie in {folder.absolute()}")
     elsewhere = Path(__file__).resolve().parent / folder
