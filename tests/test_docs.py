@@ -76,8 +76,8 @@ def commands_in(line):
     return found
 
 
-# What the reader of the course writes, and the script whose options it has; test_course.py writes and runs all of it.
-READERS = {"by_hand.py": None, "my_opo.py": "grpo.py", "tasks/largest.py": None}
+# Files that an exercise of docs/course.md has the reader make, and the script that it copies for them.
+READERS_OWN = {"by_hand.py": None, "my_opo.py": "grpo.py", "tasks/largest.py": None}
 
 
 def commands(page):
@@ -89,7 +89,7 @@ def commands(page):
     for code in inline_code(page):
         if code.startswith("python "):
             found += commands_in(code)
-    found = [(READERS.get(script, script), words) for script, words in found]
+    found = [(READERS_OWN.get(script, script), words) for script, words in found]
     return [(script, words) for script, words in found if script]
 
 
@@ -187,8 +187,15 @@ def test_every_file_named_in_a_sentence_exists(page):
     for code in inline_code(page):
         is_file = PYTHON_FILE.fullmatch(code) or code in ("requirements.txt", "CITATION.cff")
         is_folder = re.fullmatch(r"(docs|tests|tasks|plumbing|benchmarks|variants)/\S*", code)
-        if (is_file or is_folder) and code not in READERS:
+        if (is_file or is_folder) and code not in READERS_OWN:
             assert (ROOT / code).exists(), f"{page}: {code}"
+
+
+def test_what_the_reader_makes_is_made_on_a_page():
+    """An excuse for a missing file must not outlive the exercise that makes it."""
+    made = set(re.findall(r"^\+\+\+ b/(\S+)", read("docs/solutions.md"), re.MULTILINE))
+    assert {name for name in made if not (ROOT / name).exists()} == set(READERS_OWN)
+    assert "cp grpo.py my_opo.py" in read("docs/course.md")
 
 
 def dotted_names(text):
