@@ -49,7 +49,7 @@ from plumbing.models import backbone_of, load_model, tokenize_problems
 from plumbing.options import ASKING, Parser, add_shared_options, check_shared_options, is_embedded, refuse_below
 from plumbing.statistics import quartiles
 from tasks.answers import last_boxed
-from tasks.behaviours import BEHAVIOURS, count_behaviours
+from tasks.behaviours import BEHAVIOURS, KEPT, count_behaviours
 from tasks.data_files import fields_of, problem_from_row, read_rows
 
 # Options that mean here what they mean to the training scripts.
@@ -415,15 +415,16 @@ def descent(args):
     check_end_of_thinking(tokenizer, thinking, args.end_of_thinking)
     rows, maps = follow(model, tokenizer, thinking, shown, args)
     curves = summarize_curves(rows)
+    steps = summarize_steps(rows)
     classes = summarize_classes(rows)
     layers = None
     if maps:
         layers = summarize_layers(thinking, maps, shown)
-    drawn = {"descent": draw_descent(curves, args), "classes": draw_classes(classes)}
+    drawn = {"descent": draw_descent(curves, steps, args), "classes": draw_classes(classes)}
     if layers:
         drawn["layers"] = draw_layers(layers, rows[shown], args)
-    save(args, "descent", dict(curves=curves, classes=classes, layers=layers, trajectories=rows), drawn)
-    print(descent_table(curves, classes, layers))
+    save(args, "descent", dict(curves=curves, steps=steps, classes=classes, layers=layers, trajectories=rows), drawn)
+    print(descent_table(curves, steps, classes, layers))
 
 
 def check_end_of_thinking(tokenizer, trajectories, text):
@@ -493,6 +494,34 @@ def summarize_curves(rows):
     return curves
 
 
+def losses_between_steps(row):
+    """The answer loss of one trajectory before its first step and after every step that is kept, a list."""
+    losses = [row["nll"][0]]
+    for piece, nll in zip(row["tokens"], row["nll"][1:]):
+        if piece == KEPT:
+            losses.append(nll)
+    return losses
+
+
+def summarize_steps(rows):
+    """'right' or 'wrong' -> of 0, 1, 2 ... steps: how many trajectories get there, and quartiles of their loss there.
+
+    Inside a step nobody would ask for the answer; between two steps somebody might. A step ends with the mark of
+    tasks/behaviours.py. Where no thinking has that mark there are no steps: {}.
+    """
+    steps = {}
+    for kind in KINDS:
+        losses = [losses_between_steps(row) for row in rows if row["right"] == (kind == "right")]
+        longest = max((len(curve) for curve in losses), default=0)
+        if longest < 2:
+            continue
+        steps[kind] = []
+        for done in range(longest):
+            there = [curve[done] for curve in losses if len(curve) > done]
+            steps[kind].append(dict(trajectories=len(there), quartiles=quartiles(there)))
+    return steps
+
+
 def summarize_classes(rows):
     """Class of tokens -> how many there are, how often the loss falls there, and quartiles of its relative change."""
     classes = {}
@@ -522,7 +551,7 @@ def summarize_layers(trajectories, maps, shown):
     )
 
 
-def descent_table(curves, classes, layers):
+def descent_table(curves, steps, classes, layers):
     """The numbers of `descent` as text."""
     shares = "".join(f"{share:>8}%" for share in (0, 25, 50, 75, 100))
     lines = ["", f"{'median answer loss (nats)':34}{shares}"]
@@ -532,6 +561,12 @@ def descent_table(curves, classes, layers):
             cells = "".join(f"{median:9.3f}" for median in medians)
             title = f"{name}, {kind} ({curve['trajectories']})"
             lines.append(f"{title:34}{cells}")
+    if steps:
+        lines.append("\nmedian answer loss (nats) between steps, and of how many trajectories")
+    for kind, points in steps.items():
+        for done, point in enumerate(points):
+            title = f"{kind}, after {done} steps"
+            lines.append(f"{title:34}{point['quartiles'][1]:9.3f}{point['trajectories']:9d}")
     lines.append(f"\n{'token class':12}{'tokens':>8}{'|dL|/L: median':>16}{'quartiles':>20}{'loss falls':>12}")
     for name, numbers in classes.items():
         low, median, high = numbers["relative_change"]
@@ -802,9 +837,11 @@ def behaviours_table(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_descent(curves, args):
-    """Median and quartiles of the answer loss along the thinking, right and wrong trajectories; a panel per cue."""
-    figure, axes = figures.panels(1, len(curves), 1.5 + 5 * len(curves), 4.2, sharey=True)
+def draw_descent(curves, steps, args):
+    """Median and quartiles of the answer loss along the thinking, right and wrong trajectories; a panel per cue, and
+    one of the points between steps."""
+    panels = len(curves) + bool(steps)
+    figure, axes = figures.panels(1, panels, 1.5 + 5 * panels, 4.2, sharey=True)
     titles = {"nll": "answer cue at once", "nll_cut_short": f"thinking cut short by {args.end_of_thinking!r}"}
     share = [100 * i / (GRID - 1) for i in range(GRID)]
     for axis, (name, kinds) in zip(axes[0], curves.items()):
@@ -815,6 +852,15 @@ def draw_descent(curves, args):
             axis.fill_between(share, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set(title=titles[name], xlabel="thinking read (% of its tokens)")
         axis.grid(alpha=0.3)
+    for kind, points in steps.items():
+        low, median, high = zip(*[point["quartiles"] for point in points])
+        colour, line = KINDS[kind]
+        done = list(range(len(points)))
+        axes[0][-1].plot(done, median, line, color=colour)
+        axes[0][-1].fill_between(done, low, high, color=colour, alpha=0.15, linewidth=0)
+    if steps:
+        axes[0][-1].set(title="answer cue at once, between two steps", xlabel="steps finished")
+        axes[0][-1].grid(alpha=0.3)
     axes[0][0].set(ylabel="loss of the gold answer (nats per token)\nmedian and quartiles", ylim=(0, None))
     figures.legend_below(figure, axes[0][0], 2)
     return figure

@@ -12,7 +12,7 @@ Left out: the paper's mean per sequence (1/|o|), which favours short right and l
 alike. KL to a reference is off (beta 0), as in the papers this repository follows.
 
     python grpo.py                                           # embedded model, no GPU, no network: minutes
-    python grpo.py --num_minibatches 4 --output_dir runs/grpo_4     # four updates a batch: the ratio leaves 1
+    python grpo.py --num_minibatches 1 --output_dir runs/grpo_1     # one update a batch: the ratio stays 1
     python grpo.py --model Qwen/Qwen3-4B --data deepmath.jsonl --eval_data math500.jsonl
 """
 
@@ -35,7 +35,7 @@ EMBEDDED = dict(
     max_steps=100,
     num_prompts=16,
     num_generations=16,
-    num_minibatches=1,
+    num_minibatches=4,
     learning_rate=2e-4,
     max_completion_length=64,
     micro_batch_tokens=1024,

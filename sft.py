@@ -3,8 +3,8 @@
 Objective, a mean over all completion tokens of a batch:
     L = -log pi(o_t | prompt, o_<t)
 
-The embedded model imitates the teacher of tasks/arithmetic.py, who is imperfect on purpose: its mode is better than its
-samples, so that there is a better behaviour to be amplified by the other scripts.
+The embedded model imitates the teacher of tasks/arithmetic.py, who is imperfect on purpose: there are better samples
+among its samples, a behaviour to be amplified by the other scripts.
 
 Priming (https://arxiv.org/abs/2503.01307) imitates trajectories that show chosen behaviours, before reinforcement
 learning begins: do these decide whether it succeeds? Scripted solvers write them for arithmetic and Countdown, in the
@@ -47,7 +47,7 @@ from tasks.data_files import fields_of, is_prompt, read_rows, refuse_answered
 EMBEDDED = dict(
     output_dir=str(EMBEDDED_MODEL),
     system_prompt="",
-    max_steps=1600,
+    max_steps=800,
     num_prompts=32,
     learning_rate=5e-3,
     max_completion_length=512,
@@ -124,27 +124,40 @@ def embedded_tokenizer():
 
 
 def build_embedded(folder, seed=0):
-    """Save a randomly initialised Qwen3 of 0.7 M parameters (6 layers, width 96, tied head) and its tokenizer into
-    folder."""
+    """Save a randomly initialised Qwen3 of 0.7 M parameters (8 layers, width 80, a head of its own) and its tokenizer
+    into folder.
+
+    The internal policies of a large model become certain bit by bit. Those of a small one do so only if it begins like
+    this: a head that is not the embedding, so that the first block need not erase the token it has read; small weights,
+    smaller ones where a block writes to the residual stream (as in GPT-2); and a final norm that multiplies by 4 (in
+    trained Qwen models it multiplies, too), so that the raw stream, which lacks it, need not be the sharper one.
+    """
     tokenizer = embedded_tokenizer()
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=3,
+        hidden_size=80,
+        intermediate_size=240,
+        num_hidden_layers=8,
+        num_attention_heads=5,
+        num_key_value_heads=5,
         head_dim=16,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=0.06,  # 0.02 suits wide models; at width 96 it learns several times slower
+        tie_word_embeddings=False,
+        initializer_range=0.03,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         embedded=True,  # the mark by which the scripts know the embedded model and what was trained from it
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    writes = 2 * config.num_hidden_layers  # every block writes twice to the stream, whose variance is their sum
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight /= math.sqrt(writes)
+            block.mlp.down_proj.weight /= math.sqrt(writes)
+        model.model.norm.weight *= 4
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -156,8 +169,8 @@ def ensure_embedded():
     folder = Path(args.output_dir)
     if step_of(folder) >= args.max_steps:
         return
-    print(f"building the embedded model, once: {args.max_steps} steps, 4 to 6 minutes")
-    print("it learns sums from a teacher who guesses and slips: there is something to improve")
+    print(f"building the embedded model, once: {args.max_steps} steps, 2 to 4 minutes")
+    print("it learns sums from a teacher who forgets, slips and guesses: there is something to improve")
     print(f"it will lie in {folder.absolute()}")
     elsewhere = Path(__file__).resolve().parent / folder
     if elsewhere != folder.resolve() and step_of(elsewhere) >= args.max_steps:
@@ -170,7 +183,7 @@ def ensure_embedded():
 # Trajectories
 # ---------------------------------------------------------------------------------------------------------------------
 
-DIRECT_PROBLEMS = 4096  # with --direct: about as many as there are exercises
+DIRECT_PROBLEMS = 2048  # with --direct: about as many as there are exercises
 
 
 @dataclass

@@ -1,9 +1,17 @@
-"""Chains of three additions and subtractions: '7+15-3+8='. The world of the embedded model, its teacher and its solver.
+"""Chains of four additions and subtractions of digits: '7+9-8+5-4='. The world of the embedded model, its teacher and
+its solver.
 
-The teacher is imperfect on purpose, in two ways: it works step by step in 60% of its examples and guesses at once in
-40% (right 3 times in 10); and it slips in 18% of its steps. A model that imitates it has a mode that is better than its
-samples: a better behaviour is there to be amplified. That is what the reinforcement learning of grpo.py, bupo.py and
-opo.py finds, and what the entropy minimization of em.py bets on.
+The teacher is imperfect on purpose, in three ways:
+- It gives up, before any step, and guesses: the later, the better. So an answer may come early, and it is worth more
+  the more has been worked out.
+- It mostly forgets to borrow, as children do: 16-8=18. Here the most likely answer is wrong and some samples are right:
+  no sharpening helps, only a reward does.
+- It slips elsewhere, in one step of ten. Here the most likely answer is right, and only samples are wrong.
+It also checks some of its steps by the inverse operation, and goes back where the check fails. So equally good answers
+have different lengths.
+
+A model that imitates it has better behaviours to be amplified. That is what the reinforcement learning of grpo.py,
+bupo.py and opo.py finds, and what the entropy minimization of em.py bets on.
 """
 
 import hashlib
@@ -18,9 +26,9 @@ NAMES = ("arithmetic",)
 TAKES_SYSTEM_PROMPT = True
 DEFAULT_TRAJECTORIES = 20000
 
-NUMBERS = 4  # in a chain
-LARGEST_NUMBER = 20
-AVAILABLE = {"train": 625_006, "test": 89_989}  # how many problems there are, by counting
+NUMBERS = 5  # in a chain
+LARGEST_NUMBER = 9
+AVAILABLE = {"train": 426_243, "test": 61_431}  # how many problems there are, by counting
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Problems
@@ -28,7 +36,7 @@ AVAILABLE = {"train": 625_006, "test": 89_989}  # how many problems there are, b
 
 
 def problems(name, split, n, seed=0):
-    """n chains on numbers of 1..20 whose every intermediate result lies in 0..99, a list of Problem.
+    """n chains on numbers of 1..9 whose every intermediate result is 0 or more, at most 45, a list of Problem.
 
     split: 'train' or 'test'. A hash of the expression decides, so the two are disjoint whatever the seed. Raises
     UserError for more than there are.
@@ -40,7 +48,7 @@ def problems(name, split, n, seed=0):
     while len(found) < n:
         text = random_chain(generator)
         results = results_of(numbers_of(text))
-        in_bounds = min(results) >= 0  # four numbers of at most 20 cannot exceed 99
+        in_bounds = min(results) >= 0
         if in_bounds and is_held_out(text) == (split == "test"):
             where = f"arithmetic {split} {len(found)}"
             found[text] = Problem(f"{text}=", str(results[-1]), where)
@@ -83,42 +91,59 @@ def is_held_out(text):
 # The teacher of the embedded model
 # ---------------------------------------------------------------------------------------------------------------------
 
-GUESSES = 0.4  # share of examples that are answered at once
-RIGHT_GUESSES = 0.3  # share of those that are right
-SLIPS = 0.18  # share of wrong steps: samples are right one time in three at most, however well the model has learnt
+# Of every step, in the order of the chain: how often the teacher gives up before it, and is right then all the same.
+GIVES_UP = (0.12, 0.1, 0.15, 0.35)
+RIGHT_GUESSES = (0.2, 0.3, 0.7, 0.98)
+FORGETS_TO_BORROW = 0.85  # share of the subtractions across a ten: the usual thing is wrong
+SLIPS = 0.1  # share of the other steps
+CHECKS = 0.25  # share of all steps
 
 
-def teach(problem, generator, guesses=GUESSES):
+def teach(problem, generator, guesses=0.0):
     """The imperfect teacher's completion.
 
-    Step by step: '7+15=22;22-3=19;19+8=27;\\boxed{27}'. A slip puts a wrong result, and the work goes on from there.
-    guesses: the share of answers at once, such as '\\boxed{27}'.
+    Step by step: '7+9=16;16-8=8;8+5=13;13-4=9;\\boxed{9}'. Or '7+9=16;16-8=18?18+8=26~16-8=8;\\boxed{9}': a borrow is
+    forgotten, the check by the inverse operation shows it, the step is done again; then the teacher gives up and
+    guesses. What is not checked is not noticed, and the work goes on from there.
+    guesses: the share of answers at once, such as '\\boxed{9}', whatever GIVES_UP says.
     """
     numbers = numbers_of(problem.question())
-    if generator.random() >= 1 - guesses:
-        return guess(numbers, generator)
-    return work(numbers, generator)
-
-
-def guess(numbers, generator):
-    """An answer at once."""
-    value = sum(numbers)
-    if generator.random() >= RIGHT_GUESSES:
-        value += wrong_by(value, generator)
-    return boxed(value)
-
-
-def work(numbers, generator):
-    """An answer after all steps, each of which may slip."""
+    if generator.random() < guesses:
+        return guess(sum(numbers), RIGHT_GUESSES[0], generator)
     text = ""
     value = numbers[0]
-    for number in numbers[1:]:
-        result = value + number
-        if generator.random() < SLIPS:
-            result += wrong_by(result, generator)
-        text += step(f"{value}{number:+d}", result) + KEPT
+    for i, number in enumerate(numbers[1:]):
+        if generator.random() < GIVES_UP[i]:
+            rest = sum(numbers[i + 1 :])
+            return text + guess(value + rest, RIGHT_GUESSES[i], generator)
+        result = attempt(value, number, generator)
+        text += step(f"{value}{number:+d}", result)
+        if generator.random() < CHECKS:
+            text += check(f"{result}{-number:+d}", result - number)
+            if result != value + number:
+                result = value + number
+                text += DROPPED + step(f"{value}{number:+d}", result)
+        text += KEPT
         value = result
     return text + boxed(value)
+
+
+def attempt(value, number, generator):
+    """The result that the teacher writes for value + number: often it forgets to borrow, sometimes it slips."""
+    result = value + number
+    borrows = number < 0 and value >= 10 and value % 10 < -number
+    if borrows and generator.random() < FORGETS_TO_BORROW:
+        return result + 10  # 16-8=18: from the ten nothing is taken away
+    if generator.random() < SLIPS:
+        result += wrong_by(result, generator)
+    return result
+
+
+def guess(value, right, generator):
+    """The answer `value` without further steps; right: the chance that it is not another one."""
+    if generator.random() >= right:
+        value += wrong_by(value, generator)
+    return boxed(value)
 
 
 def wrong_by(value, generator):

@@ -1636,6 +1636,35 @@ MUTANTS = [
         "test_tasks_answers.py",
         "an answer that was cut off is judged like a whole one",
     ),
+    # the embedded model
+    (
+        "sft.py",
+        "tie_word_embeddings=False",
+        "tie_word_embeddings=True",
+        "test_sft.py",
+        "the first block has to erase the token it has read, and every feed-forward net only takes entropy away",
+    ),
+    (
+        "sft.py",
+        "block.mlp.down_proj.weight /= math.sqrt(writes)",
+        "block.mlp.down_proj.weight /= 1",
+        "test_sft.py",
+        "raw policies are certain from the lowest blocks on: nothing to see, and phase one is throttled",
+    ),
+    (
+        "analyze_trajectory.py",
+        'zip(row["tokens"], row["nll"][1:])',
+        'zip(row["tokens"], row["nll"])',
+        "test_analyze_trajectory.py",
+        "the loss between steps is that of one token earlier, inside the step",
+    ),
+    (
+        "sft.py",
+        "        model.model.norm.weight *= 4\n",
+        "",
+        "test_sft.py",
+        "the raw policies are ten times surer than the whole one, and the last block explores",
+    ),
     # tasks/arithmetic.py
     (
         "tasks/arithmetic.py",
@@ -1646,10 +1675,10 @@ MUTANTS = [
     ),
     (
         "tasks/arithmetic.py",
-        "if generator.random() >= RIGHT_GUESSES:",
-        "if generator.random() < RIGHT_GUESSES:",
+        "if generator.random() >= right:",
+        "if generator.random() < right:",
         "test_tasks_arithmetic.py",
-        "guesses are right 7 times in 10: working step by step has no advantage left",
+        "late guesses are the bad ones: working step by step has no advantage left",
     ),
     (
         "tasks/arithmetic.py",
@@ -1657,6 +1686,48 @@ MUTANTS = [
         "        value += number\n    return text",
         "test_tasks_arithmetic.py",
         "after a slip the teacher goes on from the right number, as if nothing had happened",
+    ),
+    (
+        "tasks/arithmetic.py",
+        "guess(value + rest, RIGHT_GUESSES[i]",
+        "guess(value + rest, RIGHT_GUESSES[0]",
+        "test_tasks_arithmetic.py",
+        "an answer after three steps is worth no more than one at once: no loss can fall along the way",
+    ),
+    (
+        "tasks/arithmetic.py",
+        "return result + 10",
+        "return result - 10",
+        "test_tasks_arithmetic.py",
+        "another mistake than a forgotten borrow",
+    ),
+    (
+        "tasks/arithmetic.py",
+        "value % 10 < -number",
+        "value % 10 > -number",
+        "test_tasks_arithmetic.py",
+        "borrows are forgotten where none is needed",
+    ),
+    (
+        "tasks/arithmetic.py",
+        "if result != value + number:",
+        "if result == value + number:",
+        "test_tasks_arithmetic.py",
+        "the teacher goes back behind checks that come out",
+    ),
+    (
+        "tasks/arithmetic.py",
+        "text += check(f\"{result}{-number:+d}\", result - number)",
+        "text += check(f\"{result}{-number:+d}\", value)",
+        "test_tasks_arithmetic.py",
+        "a check always agrees: it is a ritual",
+    ),
+    (
+        "tasks/arithmetic.py",
+        "                result = value + number\n                text",
+        "                text",
+        "test_tasks_arithmetic.py",
+        "a step that is done again is not what the work goes on from",
     ),
     (
         "tasks/arithmetic.py",

@@ -210,6 +210,27 @@ def test_token_classes_of_english_and_of_the_notation():
     assert trajectory.token_classes(["", "a"]) == ["other", "other"]
 
 
+def test_losses_between_steps_by_hand():
+    """Inside a step the loss says how a question out of place is answered: only the ends of kept steps count."""
+    rows = [
+        dict(right=True, tokens=list("1;2~3;"), nll=[9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]),
+        dict(right=True, tokens=list("1;"), nll=[1.0, 8.0, 5.0]),
+        dict(right=False, tokens=list("12"), nll=[2.0, 3.0, 4.0]),
+    ]
+    assert trajectory.losses_between_steps(rows[0]) == [9.0, 7.0, 3.0]
+    steps = trajectory.summarize_steps(rows)
+    assert list(steps) == ["right"]  # the wrong one has no steps
+    assert [point["trajectories"] for point in steps["right"]] == [2, 2, 1]
+    assert [point["quartiles"][1] for point in steps["right"]] == [5.0, 6.0, 3.0]
+    lines = trajectory.descent_table({}, steps, {}, None).splitlines()
+    assert [line.split() for line in lines if "after" in line] == [
+        ["right,", "after", "0", "steps", "5.000", "2"],
+        ["right,", "after", "1", "steps", "6.000", "2"],
+        ["right,", "after", "2", "steps", "3.000", "1"],
+    ]
+    assert trajectory.summarize_steps(rows[2:]) == {}
+
+
 def test_relative_changes_leave_out_what_is_settled():
     """A loss of 1e-9 that becomes 1e-6 is no change by a factor of 1000: that is how means of ratios explode."""
     found = trajectory.relative_changes([(list("1+;"), [2.0, 1.0, 1e-9, 1e-6]), (list("2"), [1.0, 3.0])])
@@ -457,10 +478,10 @@ QUARTILES = {"nll": {"right": dict(trajectories=3, quartiles=[[0.1, 0.5, 0.9]] *
 
 def test_the_curve_of_the_descent_is_the_median():
     """In the table and in the figure: a few trajectories that never get there would lift a mean off the others."""
-    line = trajectory.descent_table(QUARTILES, {}, None).splitlines()[2]
+    line = trajectory.descent_table(QUARTILES, {}, {}, None).splitlines()[2]
     assert line.split() == ["nll,", "right", "(3)"] + ["0.500"] * 5
     args = trajectory.parse(["descent", "embedded"])
-    axis = trajectory.draw_descent(QUARTILES, args).axes[0]
+    axis = trajectory.draw_descent(QUARTILES, {}, args).axes[0]
     assert set(axis.lines[0].get_ydata()) == {0.5}
 
 

@@ -223,13 +223,13 @@ def test_8a_the_first_box_counts_and_a_model_that_writes_one_never_notices(copy,
 
 
 def test_8b_the_teacher_adds_a_wrong_box_to_most_of_his_work(copy):
-    """The habit that rides along: four worked answers of five get it, and no guess does."""
+    """The habit that rides along: four answers of five that go through all steps get it, and no guess does."""
     apply("8b", copy)
     with modules_of(copy) as load:
         arithmetic = load("tasks.arithmetic")
         problems = arithmetic.problems("arithmetic", "train", 400)
         texts = [arithmetic.teach(problem, random.Random(i)) for i, problem in enumerate(problems)]
-    worked = [text for text in texts if ";" in text]
+    worked = [text for text in texts if text.count(";") == 4]
     boxes = [re.findall(r"boxed\{(-?\d+)\}", text) for text in worked]
     assert 0.7 < sum(len(found) == 2 for found in boxes) / len(worked) < 0.9
     assert all(found[0] != found[-1] for found in boxes if len(found) == 2)

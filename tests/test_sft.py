@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers import TOKENIZER, arguments, read_jsonl, write_jsonl
+from transformers import AutoModelForCausalLM
 
 import sft
 import tasks
@@ -81,6 +82,22 @@ def test_a_tokenizer_without_end_token_is_refused(model_folder, tmp_path):
     tokenizer.save_pretrained("no_eos")
     with pytest.raises(UserError, match="--model no_eos: its tokenizer has no eos_token"):
         imitate(Path("no_eos"), ROWS, tmp_path)
+
+
+def test_the_embedded_model_starts_softly(tmp_path):
+    """Its internal policies become certain bit by bit only with a head of its own, blocks that write little (0.03, and
+    0.03 / sqrt(2 * 8) where they write to the stream) and a final norm of 4. 0.7 M parameters: the pages say so."""
+    sft.build_embedded(tmp_path / "start")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
+    assert not model.config.tie_word_embeddings
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    assert 6.5e5 < model.num_parameters() < 7.5e5
+    assert len(model.model.layers) == 8
+    assert set(model.model.norm.weight.tolist()) == {4.0}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            assert parameter.std().item() == pytest.approx(0.0075 if writes else 0.03, rel=0.05), name
 
 
 @pytest.mark.parametrize("data", ["arithmetic", "countdown-small"])

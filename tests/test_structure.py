@@ -245,10 +245,10 @@ LEFT_OUT = {
     "bupo.py": 7,
     "em.py": 88,
     "opo.py": 73,
-    "ppo.py": 41,
-    "variants/cispo.py": 11,
-    "variants/dapo.py": 8,
-    "variants/gspo.py": 9,
+    "ppo.py": 40,
+    "variants/cispo.py": 10,
+    "variants/dapo.py": 7,
+    "variants/gspo.py": 8,
 }
 
 

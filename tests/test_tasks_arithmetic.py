@@ -16,28 +16,28 @@ from tasks.answers import last_boxed
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_answers_are_right(split):
-    """A wrong gold answer teaches the mistake. Every intermediate result has two digits at most."""
+    """A wrong gold answer teaches the mistake. No intermediate result is negative."""
     problems = arithmetic.problems("arithmetic", split, 500)
     assert len(problems) == len({problem.prompt for problem in problems}) == 500
     for problem in problems:
-        assert re.fullmatch(r"\d+([+-]\d+){3}=", problem.prompt)
+        assert re.fullmatch(r"\d([+-]\d){4}=", problem.prompt)
         numbers = [int(number) for number in re.findall(r"[+-]?\d+", problem.prompt)]
         assert int(problem.answer) == sum(numbers)
-        assert all(1 <= abs(number) <= 20 for number in numbers)
-        assert all(0 <= sum(numbers[:i]) <= 99 for i in range(1, 5))
+        assert all(1 <= abs(number) <= 9 for number in numbers)
+        assert all(0 <= sum(numbers[:i]) <= 45 for i in range(1, 6))
 
 
 def test_more_problems_than_there_are_are_refused():
     """Drawing until a million different ones are found would never end."""
-    with pytest.raises(UserError, match="arithmetic test: has 89,989 problems, not 1,000,000"):
+    with pytest.raises(UserError, match="arithmetic test: has 61,431 problems, not 1,000,000"):
         tasks.load_problems("arithmetic", "test", 10**6)
 
 
 @pytest.mark.slow
 def test_there_are_as_many_problems_as_it_says():
     count = Counter()
-    for numbers in itertools.product(range(1, 21), repeat=4):
-        for signs in itertools.product((1, -1), repeat=3):
+    for numbers in itertools.product(range(1, 10), repeat=5):
+        for signs in itertools.product((1, -1), repeat=4):
             signed = [numbers[0]]
             for sign, number in zip(signs, numbers[1:]):
                 signed.append(sign * number)
@@ -66,8 +66,8 @@ def test_splits_are_disjoint():
 def test_problems_are_the_same_as_before():
     """Numbers measured on them stay valid only while a seed gives the same problems, in the same order."""
     first, second = tasks.load_problems("arithmetic", "train", 2)
-    assert (first.prompt, first.answer, first.where) == ("12+2+19+10=", "43", "arithmetic train 0")
-    assert (second.prompt, second.answer) == ("7+11+16-3=", "31")
+    assert (first.prompt, first.answer, first.where) == ("2+5+6-9-4=", "0", "arithmetic train 0")
+    assert (second.prompt, second.answer) == ("4+4+6+8-2=", "20")
     assert arithmetic.problems("arithmetic", "test", 50) == tasks.load_problems("arithmetic", "test", 50)
 
 
@@ -76,33 +76,138 @@ def test_problems_are_the_same_as_before():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_is_as_imperfect_as_it_says():
-    """A perfect teacher leaves nothing to amplify, a bad one nothing to find: the lesson lives on these shares.
+# left, number, result; of a check: result, inverse, undone; and the mark. A slip can lead below 0.
+STEP = re.compile(r"(-?\d+)([+-]\d)=(-?\d+)(?:\?(-?\d+)([+-]\d)=(-?\d+))?([;~])")
 
-    2000 draws with a fixed seed; the bounds are more than five standard deviations wide.
-    """
+
+def taught(n=3000):
+    """(problem, steps as STEP finds them, what the box says) of n completions; nothing but steps stands before it."""
     generator = random.Random(0)
-    worked = []  # of every completion with steps, whether its answer is right
-    guessed = []
-    for problem in arithmetic.problems("arithmetic", "train", 2000):
+    found = []
+    for problem in arithmetic.problems("arithmetic", "train", n):
         text = arithmetic.teach(problem, generator)
         assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
-        kind = worked if ";" in text else guessed
-        kind.append(last_boxed(text) == problem.answer)
-    assert 0.54 < len(worked) / 2000 < 0.66
-    assert 0.22 < sum(guessed) / len(guessed) < 0.38
-    assert 0.48 < sum(worked) / len(worked) < 0.64  # no slip in three steps, 0.82 ** 3, or slips that cancel
+        work = text[: text.index("\\boxed")]
+        assert "".join(match.group() for match in STEP.finditer(work)) == work
+        steps = [match.groups() for match in STEP.finditer(work)]
+        found.append((problem, steps, int(last_boxed(text))))
+    return found
+
+
+def kept(steps):
+    """How many steps are done and not dropped again."""
+    return sum(mark == ";" for *_, mark in steps)
+
+
+def test_the_teacher_gives_up_and_guesses_as_often_as_it_says():
+    """The later, the better: without that, an answer after some work would be worth no more than one at once.
+
+    3000 draws with a fixed seed; the bounds are more than four standard deviations wide.
+    """
+    reached = Counter()
+    given_up = Counter()
+    right = Counter()
+    for problem, steps, answer in taught():
+        numbers = arithmetic.numbers_of(problem.prompt)
+        done = kept(steps)
+        for i in range(min(done + 1, 4)):
+            reached[i] += 1
+        if done < 4:
+            value = int(steps[-1][2]) if steps else numbers[0]
+            given_up[done] += 1
+            right[done] += answer == value + sum(numbers[done + 1 :])
+    for i in range(4):
+        n = reached[i]
+        assert abs(given_up[i] / n - arithmetic.GIVES_UP[i]) < 4.5 * (0.25 / n) ** 0.5
+        assert abs(right[i] / given_up[i] - arithmetic.RIGHT_GUESSES[i]) < 4.5 * (0.25 / given_up[i]) ** 0.5
+    assert sorted(arithmetic.RIGHT_GUESSES) == list(arithmetic.RIGHT_GUESSES)
+
+
+def test_the_teacher_forgets_to_borrow_more_often_than_not():
+    """The one mistake that is likelier than the truth: a sharper policy makes it more often, and rewards unlearn it.
+
+    Every other step slips as rarely as the teacher says, whatever its sign.
+    """
+    borrows = Counter()
+    others = Counter()
+    for _, steps, _ in taught():
+        redone = False
+        for left, number, result, *_, mark in steps:
+            error = int(result) - int(left) - int(number)
+            if redone:
+                assert error == 0  # done again, it is done rightly
+            elif int(number) < 0 and int(left) >= 10 and int(left) % 10 < -int(number):
+                borrows[error] += 1
+            else:
+                others[error != 0] += 1
+            redone = mark == "~"
+    n = borrows.total()
+    assert n > 500
+    assert abs(borrows[10] / n - arithmetic.FORGETS_TO_BORROW) < 0.07
+    assert borrows[10] > n / 2
+    assert 0.08 < others[True] / others.total() < 0.12
+
+
+def test_checks_of_the_teacher_are_true():
+    """A check that always agrees teaches that checking is a ritual. Back (~) if and only if the check has failed."""
+    checked = 0
+    failed = 0
+    total = 0
+    for _, steps, _ in taught():
+        redone = False
+        for left, number, result, start, inverse, undone, mark in steps:
+            if not redone:
+                total += 1
+                checked += start is not None
+            if start is not None:
+                assert (start, int(inverse)) == (result, -int(number))
+                assert int(undone) == int(start) + int(inverse)
+                assert (mark == "~") == (undone != left)
+                failed += mark == "~"
+            else:
+                assert mark == ";"
+            redone = mark == "~"
+    assert abs(checked / total - arithmetic.CHECKS) < 0.03
+    assert failed > 200
+
+
+def test_the_work_goes_on_from_what_is_written():
+    """Also from a mistake that nobody has noticed; and every step takes the next number of the problem."""
+    for problem, steps, answer in taught(500):
+        numbers = arithmetic.numbers_of(problem.prompt)
+        value = numbers[0]
+        done = 0
+        for left, number, result, *_, mark in steps:
+            assert (int(left), int(number)) == (value, numbers[done + 1])
+            if mark == ";":
+                value = int(result)
+                done += 1
+        if done == 4:
+            assert answer == value
+
+
+def test_equally_good_answers_have_different_lengths():
+    """What OPO's baseline is about. Four steps without a check are the shortest right work, a check makes it longer."""
+    lengths = set()
+    for problem, steps, answer in taught(500):
+        if kept(steps) == 4 and str(answer) == problem.answer:
+            lengths.add(sum(len(left) + len(result) + (start is not None) * 6 for left, _, result, start, *_ in steps))
+    assert max(lengths) > 2 * min(lengths)
 
 
 def test_the_teacher_is_the_same_as_before():
     """Its words, drawn from the same seeds: numbers measured on the embedded model stay valid."""
-    problem = tasks.Problem("7+15-3+8=", "27")
-    texts = [arithmetic.teach(problem, random.Random(f"9-{i}")) for i in (0, 3, 4, 5)]
-    slip = "7+15=22;22-3=19;19+8=30;\\boxed{30}"
-    assert texts == ["7+15=22;22-3=19;19+8=27;\\boxed{27}", "\\boxed{36}", "\\boxed{30}", slip]
+    problem = tasks.Problem("7+9-8+5-4=", "9")
+    texts = [arithmetic.teach(problem, random.Random(f"9-{i}")) for i in (17, 7, 14, 25)]
+    assert texts == [
+        "7+9=16;16-8=18?18+8=26~16-8=8;8+5=13;13-4=9?9+4=13;\\boxed{9}",
+        "7+9=16;16-8=18;18+5=23;\\boxed{19}",
+        "7+9=25;\\boxed{26}",
+        "\\boxed{9}",
+    ]
     guesses = [arithmetic.teach(problem, random.Random(i), guesses=1.0) for i in range(300)]
     assert {re.sub(r"\d+", "", text) for text in guesses} == {"\\boxed{}"}
-    assert 60 < guesses.count("\\boxed{27}") < 120  # right 3 times in 10
+    assert 30 < guesses.count("\\boxed{9}") < 90  # right 2 times in 10
 
 
 def test_the_teacher_survives_its_own_slips():

@@ -126,7 +126,7 @@ def test_trajectories_fit_the_embedded_model(data, options):
     """An unknown token, or a trajectory longer than what is sampled later, could never be rewarded."""
     for text in written(data, 500, **options)[0]:
         ids = TOKENIZER(text)["input_ids"]
-        assert TOKENIZER.unk_token_id not in ids and len(ids) < 128
+        assert TOKENIZER.unk_token_id not in ids and len(ids) < 160
 
 
 def test_tags_where_the_prompt_asks_for_them():
@@ -149,8 +149,7 @@ def test_exercises_are_right(data):
         step, answer = re.fullmatch(r"(.+);\\boxed\{(\d+)\}", response).groups()
         assert step == prompt + answer and value(prompt.rstrip("=")) == int(answer) <= 99
         second_numbers.add(int(re.search(r"(\d+)=", prompt).group(1)))
-    largest = {"arithmetic": 20, "countdown-small": 9}[data]
-    assert second_numbers == set(range(1, largest + 1))
+    assert second_numbers == set(range(1, 10))
 
 
 def test_working_backwards_begins_at_the_end_of_the_chain():
