@@ -12,7 +12,7 @@ Against grpo.py:
 - phase one logs no log-prob gap: the samples are pi's, and the ratio compares pi_k with itself before the update
 
     python bupo.py                                           # embedded model, no GPU, no network: minutes
-    python bupo.py --internal_steps 100 --output_dir runs/bupo_all   # phase one for ever: the paper's collapse
+    python bupo.py --internal_steps 60 --output_dir runs/bupo_all    # phase one for ever: the paper's collapse
     python bupo.py --model Qwen/Qwen3-4B --data deepmath.jsonl --eval_data math500.jsonl
 """
 
@@ -33,7 +33,7 @@ from plumbing.options import RunArgs, option, parse
 # Overrides of the defaults below when the embedded model runs.
 EMBEDDED = dict(
     system_prompt="",
-    max_steps=100,
+    max_steps=60,
     num_prompts=16,
     num_generations=16,
     num_minibatches=4,
@@ -43,7 +43,7 @@ EMBEDDED = dict(
     gradient_checkpointing=False,
     save_total_limit=0,
     save_steps=20,
-    internal_layer=3,
+    internal_layer=5,
     internal_steps=15,
 )
 

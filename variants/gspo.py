@@ -37,7 +37,7 @@ from plumbing.options import RunArgs, option, parse
 # Overrides of the defaults below when the embedded model runs.
 EMBEDDED = dict(
     system_prompt="",
-    max_steps=100,
+    max_steps=60,
     num_prompts=16,
     num_generations=16,
     num_minibatches=4,
