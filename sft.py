@@ -170,7 +170,7 @@ def ensure_embedded():
     if step_of(folder) >= args.max_steps:
         return
     print(f"building the embedded model, once: {args.max_steps} steps, 2 to 4 minutes")
-    print("it learns sums from a teacher who forgets, slips and guesses: there is something to improve")
+    print("its teacher forgets, slips and guesses: there is something to improve")
     print(f"it will lie in {folder.absolute()}")
     elsewhere = Path(__file__).resolve().parent / folder
     if elsewhere != folder.resolve() and step_of(elsewhere) >= args.max_steps:
