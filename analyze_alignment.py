@@ -37,7 +37,7 @@ from plumbing.tables import markdown_table
 # Options that mean here what they mean to the training scripts.
 SHARED = (*ASKING, "micro_batch_tokens")
 # Overrides of the defaults when all models are embedded ones.
-EMBEDDED = dict(data=tasks.DEFAULT, system_prompt="", max_completion_length=64, internal_layer=3)
+EMBEDDED = dict(data=tasks.DEFAULT, system_prompt="", max_completion_length=64, internal_layer=5)
 
 CHUNK_TOKENS = 128  # positions whose distributions over the vocabulary are held at once
 
