@@ -93,7 +93,8 @@ def make_world(folder):
             eval_data=folder / "more.jsonl",
             output_dir=folder / "runs" / name,
         )
-        options |= dict(max_steps=2, num_prompts=2, num_generations=8, learning_rate=0.01, max_completion_length=12)
+        options |= dict(max_steps=2, num_prompts=2, num_minibatches=1, num_generations=8)
+        options |= dict(learning_rate=0.01, max_completion_length=12)
         options |= dict(save_steps=1, eval_steps=1, eval_samples=2)
         grpo.main(parse(grpo.Args, grpo.EMBEDDED, command_line(**options)))
     return folder
