@@ -143,7 +143,7 @@ def test_the_log_prob_of_the_samples_under_the_trained_policy_is_logged(model_fo
 
 def test_the_end_of_a_schedule_raises_no_alarm(model_folder, capsys):
     """The first command of every newcomer builds the embedded model: its cosine ends in steps too small to matter."""
-    settings = dict(max_completion_length=64, problems=500)
+    settings = dict(max_completion_length=128, problems=500)
     sft.main(arguments(sft, model_folder, "arithmetic", learning_rate=3e-6, max_steps=40, **settings))
     assert not warnings_of(capsys.readouterr().err)
     sft.main(arguments(sft, model_folder, "arithmetic", learning_rate=1e-12, output_dir="vain", **settings))
