@@ -3,7 +3,7 @@
 Two sets of templates that share no sentence. words: its test split asks about held-out numbers in the sentences that
 were trained. words-unseen: other sentences, the same arithmetic; evaluate on it to see what carries over.
 
-The teacher of sft.py's cold start is imperfect as that of arithmetic is: he guesses at once in 40% of his examples,
+The teacher of sft.py's cold start is imperfect on purpose: he guesses at once in 40% of his examples,
 and slips in 18% of his steps. So there is a better behaviour to be amplified.
 """
 
