@@ -3,8 +3,8 @@
 Objective, a mean over all completion tokens of a batch:
     L = -log pi(o_t | prompt, o_<t)
 
-The embedded model imitates the teacher of tasks/arithmetic.py, who is imperfect on purpose: there are better samples
-among its samples, a behaviour to be amplified by the other scripts.
+The embedded model imitates the teacher of tasks/arithmetic.py, who is imperfect on purpose: some of its
+samples are better than the others, and the other scripts amplify what they do.
 
 Priming (https://arxiv.org/abs/2503.01307) imitates trajectories that show chosen behaviours, before reinforcement
 learning begins: do these decide whether it succeeds? Scripted solvers write them for arithmetic and Countdown, in the
