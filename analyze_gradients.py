@@ -5,8 +5,13 @@ variance (the trace of its covariance)
     V(b) = E |g|^2 (r - b)^2 - |E (r - b) g|^2
 As E g = 0, the second term is |grad J|^2 whatever b is. What is left is a parabola in b, lowest at
     b = E |g|^2 r / E |g|^2                                   the norm-weighted baseline
-The baseline of opo.py replaces |g|^2 by the length of the answer. The closer the last two columns of the table are, the
-better its assumption holds for a model, that |g|^2 grows with the length.
+The baseline of opo.py replaces |g|^2 by the length of the answer. The closer its column and the norm-weighted one are,
+the better its assumption holds for a model, that |g|^2 grows with the length.
+
+Another substitute costs no backward pass either (https://arxiv.org/abs/2602.07078, where it grows along the answer and
+makes a baseline for every token; here it is summed up, so that all baselines are one number per prompt): the gradient
+with respect to the logits,
+    W = sum_t |one_hot(o_t) - pi_t|^2 = sum_t (1 - 2 pi_t(o_t) + sum_v pi_t(v)^2)      the logit-weighted baseline
 
 The answers are those that evaluate.py kept: of every model, those to the first data set at the highest temperature,
 which must be above 0. Gradients are over all parameters, one answer at a time.
@@ -28,23 +33,25 @@ from plumbing.files import check_folder, write_json
 from plumbing.models import load_model
 from plumbing.tables import markdown_table
 
-BASELINES = ("no baseline", "mean", "length-weighted", "norm-weighted")
+BASELINES = ("no baseline", "mean", "length-weighted", "logit-weighted", "norm-weighted")
+POSITIONS = 256  # whose whole distribution is held at a time
 
 
-def gradient_variance(squares, rewards, lengths, mean_square):
-    """Variance of the policy gradient of one sampled answer under four baselines -> dict of floats.
+def gradient_variance(squares, logit_squares, rewards, lengths, mean_square):
+    """Variance of the policy gradient of one sampled answer under five baselines -> dict of floats.
 
     V(b) of the module docstring, per prompt over its n answers and averaged over prompts. |grad J|^2 is estimated once
-    for all four, so that they differ by what a baseline does and not by noise in the mean. As in training b comes from
+    for all five, so that they differ by what a baseline does and not by noise in the mean. As in training b comes from
     the group itself, which flatters it: at n = 32 by a few percent.
 
-    squares [P, n]: |g|^2; rewards, lengths [P, n]; mean_square [P]: |grad J|^2.
+    squares [P, n]: |g|^2; logit_squares [P, n]: W; rewards, lengths [P, n]; mean_square [P]: |grad J|^2.
     """
 
     baselines = {
         "no baseline": torch.zeros(len(rewards), 1),
         "mean": rewards.mean(1, keepdim=True),
         "length-weighted": weighted_mean(rewards, lengths),
+        "logit-weighted": weighted_mean(rewards, logit_squares),
         "norm-weighted": weighted_mean(rewards, squares),
     }
     variances = {}
@@ -89,6 +96,32 @@ def gradient_moments(model, rollouts, rewards, temperature):
     return squares, mean_square
 
 
+@torch.no_grad()
+def squares_at_logits(model, rollouts, temperature):
+    """W of every answer, fp64 [B]: what |grad log pi(y)|^2 would be if the logits were the parameters."""
+    found = torch.zeros(len(rollouts.ids), dtype=torch.float64)
+    for row in range(len(found)):
+        length = int(rollouts.attention_mask[row].sum())
+        ids = rollouts.ids[row, :length]
+        attention_mask = rollouts.attention_mask[row, : length - 1]
+        hidden = common.hidden_states(model, ids[None, :-1], attention_mask[None])[0]
+        predicts = rollouts.mask[row, 1:length].bool()  # column t of the hidden states predicts token t + 1
+        states = hidden[predicts].split(POSITIONS)
+        targets = ids[1:][predicts].split(POSITIONS)
+        for some_states, some_targets in zip(states, targets):
+            found[row] += squares_of_tokens(model, some_states, some_targets, temperature)
+    return found
+
+
+def squares_of_tokens(model, states, targets, temperature):
+    """Sum of |one_hot(o_t) - pi_t|^2 over N tokens, a float. states [N, D], targets [N]."""
+    logits = common.head_logits(model, states) / temperature
+    policy = torch.softmax(logits, dim=-1)  # [N, V]
+    chosen = policy.gather(1, targets[:, None])[:, 0]
+    squares = 1 - 2 * chosen + policy.square().sum(1)
+    return float(squares.sum())
+
+
 def square_of(tensor):
     """The square of a tensor's norm, as a float."""
     return float(tensor.square().sum())
@@ -102,8 +135,9 @@ def look_at(kept, args):
     rollouts = common.assemble(prompts, completions, tokenizer.pad_token_id, model.device)
     rewards = torch.tensor(rewards_of(kept, args), dtype=torch.float64)
     squares, mean_square = gradient_moments(model, rollouts, rewards, kept.temperature)
+    logit_squares = squares_at_logits(model, rollouts, kept.temperature).view(rewards.shape)
     lengths = rollouts.lengths.view(rewards.shape).cpu().double()
-    return gradient_variance(squares, rewards, lengths, mean_square)
+    return gradient_variance(squares, logit_squares, rewards, lengths, mean_square)
 
 
 def rewards_of(kept, args):
@@ -132,20 +166,20 @@ def draw_gradients(variances):
     """Bars of the variance under each baseline relative to none, a group per model (label -> `gradient_variance`)."""
     figure, axes = figures.panels(1, 1, 2.5 + 2 * len(variances), 3.8)
     axis = axes[0][0]
-    for i, (name, shade) in enumerate(zip(BASELINES, ("1", "0.8", "0.5", "0.2"))):
+    for i, (name, shade) in enumerate(zip(BASELINES, ("1", "0.85", "0.6", "0.35", "0.1"))):
         heights = []
         places = []
         for group, found in enumerate(variances.values()):
             unit = found["no baseline"] or 1
             heights.append(found[name] / unit)
-            places.append(group + 0.2 * i)
-        bars = axis.bar(places, heights, 0.2, color=shade, edgecolor="black", label=name)
+            places.append(group + 0.16 * i)
+        bars = axis.bar(places, heights, 0.16, color=shade, edgecolor="black", label=name)
         axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
-    middles = [group + 0.3 for group in range(len(variances))]
+    middles = [group + 0.32 for group in range(len(variances))]
     axis.set_xticks(middles, variances)
     axis.set_ylabel("variance of one answer's policy\ngradient, relative to no baseline")
     axis.margins(y=0.1)
-    figure.legend(loc="outside lower center", ncols=4 if len(variances) > 1 else 2)
+    figure.legend(loc="outside lower center", ncols=5 if len(variances) > 1 else 2)
     return figure
 
 

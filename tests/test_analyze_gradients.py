@@ -44,10 +44,15 @@ def covariance_trace(gradients, rewards, b):
     return float((x - x.mean(0)).square().sum(1).mean())
 
 
-def four_variances(gradients, rewards, lengths):
+def five_variances(gradients, rewards, lengths, weights=None):
+    """weights: those of the logit-weighted baseline, one per answer; all 1 if none are given."""
+    if weights is None:
+        weights = torch.ones_like(rewards)
     mean_square = (gradients * rewards[:, None]).mean(0).square().sum()[None]
     squares = gradients.square().sum(1)
-    return analyze_gradients.gradient_variance(squares[None], rewards[None], lengths[None], mean_square)
+    return analyze_gradients.gradient_variance(
+        squares[None], weights[None], rewards[None], lengths[None], mean_square
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -56,13 +61,15 @@ def test_gradient_variance_by_enumeration(scale):
     gradients, rewards, lengths = enumeration_toy(scale)
     assert gradients.mean(0).abs().max() == 0  # E grad log pi = 0: the estimate is unbiased whatever the baseline
     squares = gradients.square().sum(1)
+    weights = torch.arange(8.0, dtype=torch.float64)
     baselines = {
         "no baseline": 0.0,
         "mean": rewards.mean(),
         "length-weighted": (lengths * rewards).sum() / lengths.sum(),
+        "logit-weighted": (weights * rewards).sum() / weights.sum(),
         "norm-weighted": (squares * rewards).sum() / squares.sum(),
     }
-    found = four_variances(gradients, rewards, lengths)
+    found = five_variances(gradients, rewards, lengths, weights)
     assert list(found) == list(baselines)
     for name, b in baselines.items():
         assert found[name] == pytest.approx(covariance_trace(gradients, rewards, b), rel=1e-12)
@@ -73,27 +80,43 @@ def test_gradient_variance_by_enumeration(scale):
 def test_the_length_weighted_baseline_is_the_norm_weighted_one_where_its_assumption_holds():
     """Per-token gradients uncorrelated and of equal norm, as in the toy: OPO's baseline is optimal and beats the mean.
     With a first token whose gradient is three times as long it is not optimal any more."""
-    alike = four_variances(*enumeration_toy())
+    alike = five_variances(*enumeration_toy())
     assert alike["length-weighted"] == pytest.approx(alike["norm-weighted"], rel=1e-12)
     assert alike["length-weighted"] < alike["mean"]
-    unlike = four_variances(*enumeration_toy(3.0))
+    unlike = five_variances(*enumeration_toy(3.0))
     assert unlike["norm-weighted"] < 0.99 * unlike["length-weighted"]
 
 
 def test_equal_lengths_leave_the_mean_and_prompts_are_averaged():
     generator = torch.Generator().manual_seed(0)
-    squares, rewards = torch.rand(2, 3, 8, generator=generator, dtype=torch.float64)
+    squares, weights, rewards = torch.rand(3, 3, 8, generator=generator, dtype=torch.float64)
     rewards = rewards.round()
     lengths = torch.full((3, 8), 7)
     mean_square = torch.tensor([0.1, 0.0, -0.1])
-    together = analyze_gradients.gradient_variance(squares, rewards, lengths, mean_square)
+    together = analyze_gradients.gradient_variance(squares, weights, rewards, lengths, mean_square)
     assert together["length-weighted"] == pytest.approx(together["mean"], rel=1e-12)
     apart = []
     for p in range(3):
-        parts = [values[p : p + 1] for values in (squares, rewards, lengths, mean_square)]
+        parts = [values[p : p + 1] for values in (squares, weights, rewards, lengths, mean_square)]
         apart.append(analyze_gradients.gradient_variance(*parts))
     for name, value in together.items():
         assert value == pytest.approx(sum(one[name] for one in apart) / 3)
+
+
+def test_squares_at_the_logits_are_those_of_gradients(world, monkeypatch):
+    """Where every logit is a parameter, |grad log pi(y)|^2 is a sum over tokens: by autograd, against the formula. The
+    distribution is the one at the temperature, and answers longer than a piece are summed up over pieces."""
+    monkeypatch.setattr(analyze_gradients, "POSITIONS", 2)
+    model, rollouts = drawn(world)
+    found = analyze_gradients.squares_at_logits(model, rollouts, temperature=0.7)
+    for row in range(len(rollouts.ids)):
+        ids = rollouts.ids[row]
+        attention_mask = rollouts.attention_mask[row]
+        logits = model(input_ids=ids[None], attention_mask=attention_mask[None]).logits[0, :-1] / 0.7
+        logits = logits.detach().requires_grad_()
+        logps = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        (logps * rollouts.mask[row, 1:]).sum().backward()
+        assert float(found[row]) == pytest.approx(float(logits.grad.square().sum()), rel=1e-5)
 
 
 def test_gradient_moments_against_whole_gradients(world):
@@ -138,8 +161,10 @@ def test_the_gradient_is_that_of_the_policy_sampled_from(world):
         rewards.append(grade(record["texts"], [problem] * 8, record["finished"]))
     rewards = torch.tensor(rewards).double()
     squares, mean_square = analyze_gradients.gradient_moments(model, rollouts, rewards, 0.5)
+    weights = analyze_gradients.squares_at_logits(model, rollouts, 0.5).view(3, 8)
     lengths = rollouts.lengths.view(3, 8)
-    assert found == pytest.approx(analyze_gradients.gradient_variance(squares, rewards, lengths, mean_square))
+    expected = analyze_gradients.gradient_variance(squares, weights, rewards, lengths, mean_square)
+    assert found == pytest.approx(expected)
     assert Path("out/gradient_variance.png").stat().st_size > 10_000
 
 
@@ -153,10 +178,9 @@ def test_a_variance_needs_two_samples_and_a_temperature(world, options):
 
 def test_bars_are_relative_to_no_baseline():
     """Models differ a thousandfold in the size of their gradients: beside each other only the ratios can be seen."""
-    variances = {
-        "small": {"no baseline": 4.0, "mean": 2.0, "length-weighted": 1.0, "norm-weighted": 0.5},
-        "large": {"no baseline": 400.0, "mean": 100.0, "length-weighted": 80.0, "norm-weighted": 40.0},
-    }
+    small = dict(zip(analyze_gradients.BASELINES, [4.0, 2.0, 1.0, 0.5, 3.0]))
+    large = dict(zip(analyze_gradients.BASELINES, [400.0, 100.0, 80.0, 40.0, 200.0]))
+    variances = {"small": small, "large": large}
     axis = analyze_gradients.draw_gradients(variances).axes[0]
     heights = [[bar.get_height() for bar in bars] for bars in axis.containers]
-    assert heights == [[1.0, 1.0], [0.5, 0.25], [0.25, 0.2], [0.125, 0.1]]  # a pair per baseline
+    assert heights == [[1.0, 1.0], [0.5, 0.25], [0.25, 0.2], [0.125, 0.1], [0.75, 0.5]]  # a pair per baseline
