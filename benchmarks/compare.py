@@ -47,7 +47,9 @@ def runs_of(way):
 
 
 def at_step(records, metric, step):
-    """The value of a metric in the evaluation after a step; None without one."""
+    """The value of a metric in the evaluation after a step, or in the last one for None; None without one."""
+    if step is None:
+        return records[-1].get(metric)
     for record in records:
         if record["step"] == step:
             return record.get(metric)
@@ -134,7 +136,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("ways", nargs="+", help="paths of runs without -<seed>; the first is what the others are compared with")
-    add("--steps", nargs="+", type=int, default=[], help="steps with an evaluation (default: the first run's last one)")
+    add("--steps", nargs="+", type=int, default=[], help="steps with an evaluation (default: the last one of each run)")
     add("--metrics", nargs="+", default=[ACCURACY], help="names in the evaluations of metrics.jsonl")
     add("--at_accuracy", type=float, help="compare where the sampled accuracy first comes up to this, not at steps")
     args = parser.parse_args(argv)
@@ -157,7 +159,8 @@ def check_metrics(metrics, runs):
 def columns_of(seeds, metric, args):
     """The columns of one way: for every step, or for the one accuracy, {seed: value} of the seeds that have one."""
     columns = []
-    for step in args.steps or [None]:
+    steps = args.steps or [None]  # without: the one column of the last evaluations, or of the accuracy
+    for step in steps:
         column = {}
         for seed, records in seeds.items():
             if args.at_accuracy is None:
@@ -174,15 +177,12 @@ def main(args):
     runs = {}
     for way, label in zip(args.ways, labels_of(args.ways)):
         runs[label] = runs_of(way)
-    first = next(iter(runs.values()))
-    check_metrics(args.metrics, first)
+    check_metrics(args.metrics, next(iter(runs.values())))
+    headings = [f"step {step}" for step in args.steps]
     if args.at_accuracy is not None:
         headings = [f"at accuracy {args.at_accuracy}"]
-    else:
-        if not args.steps:
-            one_run = next(iter(first.values()))
-            args.steps = [one_run[-1]["step"]]
-        headings = [f"step {step}" for step in args.steps]
+    elif not args.steps:
+        headings = ["in the end"]
     compared = Compared()
     for metric in args.metrics:
         found = {}

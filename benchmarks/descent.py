@@ -15,42 +15,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import Qwen3Config
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # imports start at the root of the repository
 
 import common
 from analyze_trajectory import answer_nll
 from benchmarks.meters import core_seconds
-from benchmarks.models import qwen3, random_model, random_tokens
-from sft import embedded_tokenizer
+from benchmarks.models import EMBEDDED, qwen3, random_model, random_tokens
 
 T, ANSWER, REPEATS = 200, 3, 2
 
 
 @dataclass
 class Setting:
-    """Tokens of the prompt and of the cue before the answer, and the model's sizes."""
+    """Tokens of the prompt and of the cue before the answer, and the model's shape."""
 
     prompt: int
     cue: int
-    layers: int
-    width: int
-    heads: int
-    vocabulary: int
+    config: Qwen3Config
 
 
 SETTINGS = {
-    "embedded": Setting(prompt=15, cue=1, layers=6, width=96, heads=6, vocabulary=len(embedded_tokenizer())),
-    "8 blocks, width 256": Setting(prompt=100, cue=10, layers=8, width=256, heads=4, vocabulary=8192),
+    "embedded": Setting(prompt=15, cue=1, config=EMBEDDED),
+    "8 blocks, width 256": Setting(prompt=100, cue=10, config=qwen3(256, 768, 8, 4, 2, V=8192, head_dim=64)),
 }
 
 
 def build(setting):
     """(model, inputs of the three functions below) of a setting."""
-    D, heads, V = setting.width, setting.heads, setting.vocabulary
-    config = qwen3(D, 3 * D, setting.layers, heads, heads // 2, V=V, head_dim=D // heads)
-    model = random_model(config)
-    prompt, thinking, branch = random_tokens(V, [setting.prompt, T, setting.cue + ANSWER])
+    model = random_model(setting.config)
+    prompt, thinking, branch = random_tokens(setting.config.vocab_size, [setting.prompt, T, setting.cue + ANSWER])
     mask = [0] * setting.cue + [1] * ANSWER
     return model, prompt, thinking, branch, mask
 

@@ -23,6 +23,8 @@ def qwen3(D, intermediate, L, heads, kv_heads, V=151936, head_dim=128, tied=True
     )
 
 
+EMBEDDED = qwen3(80, 240, 8, 5, 5, V=103, head_dim=16, tied=False)  # the shape of the model that sft.py builds
+
 SHAPES = {
     "Qwen3-0.6B": qwen3(1024, 3072, 28, 16, 8),
     "Qwen3-1.7B": qwen3(2048, 6144, 28, 16, 8),

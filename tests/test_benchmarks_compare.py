@@ -111,12 +111,12 @@ def test_a_metric_at_an_accuracy_lies_between_two_evaluations():
     assert compare.at_accuracy(records, "kl_to_start", 0.6) is None
 
 
-def test_without_steps_it_is_the_last_evaluation_of_the_first_run(tmp_path, capsys):
+def test_without_steps_it_is_the_last_evaluation_of_each_run(tmp_path, capsys):
+    """The second half of a chain of runs counts its steps from 0, and ends where the first one ends."""
     write_run(tmp_path / "a-0", [0.1, 0.2, 0.3])
     write_run(tmp_path / "b-0", [0.1, 0.4])
-    lines = printed(capsys, tmp_path / "a", tmp_path / "b")
-    assert "| a | 0.300 (1) |" in lines
-    assert "| b | - |" in lines  # that run never came so far
+    assert "| b | +0.100 (1) |" in printed(capsys, tmp_path / "a", tmp_path / "b")
+    assert "| b | - |" in printed(capsys, tmp_path / "a", tmp_path / "b", "--steps", 20)
 
 
 @pytest.mark.parametrize(
