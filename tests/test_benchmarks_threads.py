@@ -80,9 +80,13 @@ def test_busy_processes_are_there_while_it_is_measured_and_gone_afterwards(monke
 
     monkeypatch.setattr(threads.subprocess, "Popen", popen)
     monkeypatch.setattr(threads, "measure", measure)
-    found = threads.medians(rounds=1, steps=3, busy=2)
-    assert found["one thread"] == (2.0, 0.6)
-    assert all(process.poll() is not None for process in started)
+    try:
+        found = threads.medians(rounds=1, steps=3, busy=2)
+        assert found["one thread"] == (2.0, 0.6)
+        assert all(process.poll() is not None for process in started)
+    finally:
+        for process in started:
+            process.kill()
 
 
 def test_the_table_by_hand():
