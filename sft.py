@@ -8,10 +8,12 @@ samples are better than the others, and the other scripts amplify what they do.
 
 Priming (https://arxiv.org/abs/2503.01307) imitates trajectories that show chosen behaviours, before reinforcement
 learning begins: do these decide whether it succeeds? Scripted solvers write them for arithmetic and Countdown, in the
-notation that tasks/behaviours.py documents and counts. verification: a step is checked by the inverse operation, a
-Countdown result against the target; backtracking: back after a slip or a failed attempt; subgoal_setting: step by step;
-backward_chaining: from the target, or the chain's end, backwards. In a chain all of them work in steps: there is
-nothing else to check. Controls: wrong answers only, no thinking, filler in place of thinking.
+notation that tasks/behaviours.py documents and counts, or in English where the prompt asks for tags. verification: a
+step is checked by the inverse operation, a Countdown result against the target; backtracking: back after a slip or a
+failed attempt; subgoal_setting: a part is named before it is made; backward_chaining: from the target, or the chain's
+end, backwards. The solver of Countdown does not know the solution: it tries at random, stops when it has found one, and
+sometimes gives up. Controls: searches that failed, answers without thinking, filler in place of thinking. Answers
+without thinking are those of the same searches, right and wrong equally often.
 
 A data row holds 'prompt' (or 'problem', 'question') and 'response', or 'messages' that end with the assistant's answer.
 

@@ -20,7 +20,7 @@ import random
 from plumbing.errors import UserError
 from tasks import Problem, integers
 from tasks.answers import boxed
-from tasks.behaviours import DROPPED, KEPT, backward_step, check, step
+from tasks.behaviours import DROPPED, KEPT, backward_step, check, step, subgoal
 
 NAMES = ("arithmetic",)
 TAKES_SYSTEM_PROMPT = True
@@ -163,8 +163,9 @@ NOTICED_SLIPS = 0.3  # share of steps before which a slip is made and taken back
 def solve(problem, behaviours, wrong, generator):
     """(thinking, answer) for a chain, showing `behaviours` (names of tasks.behaviours.BEHAVIOURS).
 
-    All of them work in steps: there is nothing else to check. Backwards starts with the last number; if step by step
-    is asked for, too, either happens. wrong: one step slips, its check as well, and it goes unnoticed.
+    All of them work in steps: there is nothing else to check. The subgoal is what the first half of the numbers makes.
+    Backwards starts with the last number; if a subgoal is asked for, too, either happens. wrong: one step slips, its
+    check as well, and it goes unnoticed.
     """
     numbers = numbers_of(problem.question())
     backward = "backward_chaining" in behaviours
@@ -178,6 +179,8 @@ def solve(problem, behaviours, wrong, generator):
     verify = "verification" in behaviours
     thinking = ""
     value = numbers[0]
+    if "subgoal_setting" in behaviours and not backward:
+        thinking += subgoal(first_half(numbers))
     for i, number in enumerate(numbers[1:], 1):
         x = number if backward else value
         y = value if backward else number
@@ -189,6 +192,15 @@ def solve(problem, behaviours, wrong, generator):
             thinking += write_step(x, y, slip, slip - y, backward, verify) + DROPPED
         thinking += write_step(x, y, value, x, backward, verify) + KEPT
     return thinking, str(value)
+
+
+def first_half(numbers):
+    """[7, 15, -3, 8] -> '7+15', the numbers of a chain with their signs; of five numbers three."""
+    half = (len(numbers) + 1) // 2
+    text = str(numbers[0])
+    for number in numbers[1:half]:
+        text += f"{number:+d}"
+    return text
 
 
 def write_step(x, y, result, undone, backward, verify):

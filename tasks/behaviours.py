@@ -4,8 +4,9 @@ how they are counted (https://arxiv.org/abs/2503.01307).
 The scripted solvers of the tasks think in a notation of their own, in which the embedded model can show every behaviour
 although each character is a token. It is written and counted here and nowhere else:
 
-    7+15=22         a step: one operation and its result         subgoal setting, as an intermediate result
+    7+15=22         a step: one operation and its result         no behaviour
     (8*5)-3=37      an attempt: several operations at once       no behaviour
+    @8*5;           a part that is to be made first              subgoal setting
     ?22-15=7        a check: of the step before, by its inverse operation
     ?37=24          a check in Countdown: is 37 the target 24?   both: verification
     ~               what stands before is dropped                backtracking
@@ -13,11 +14,15 @@ although each character is a token. It is written and counted here and nowhere e
                                                                  backward chaining
     ;               end of a step that is kept
 
+For a model that reads, the solver of Countdown says the same in English sentences.
+
 Text with a letter outside \\boxed and tags is English, any other text is notation. Counts in the notation are exact.
 Counts in English are those of regular expressions, lower bounds: tests/test_tasks_behaviours.py says how good they are.
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 BEHAVIOURS = ("verification", "backtracking", "subgoal_setting", "backward_chaining")
 
@@ -39,9 +44,55 @@ def check(expression, value):
     return f"?{expression}={value}"
 
 
+def subgoal(expression):
+    """'8*5' -> '@8*5;'."""
+    return f"@{expression};"
+
+
 def backward_step(expression, value):
     """'24-5', 19 -> '<24-5=19'."""
     return f"<{expression}={value}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing English: sentences that are counted once as their behaviour, and as no other one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def say_step(expression, value):
+    """'(8*5)-3', 37 -> '(8*5)-3 = 37. '."""
+    return f"{expression} = {value}. "
+
+
+def say_check(value, target):
+    """37, 24 -> 'Let me check whether 37 is 24. '."""
+    return f"Let me check whether {value} is {target}. "
+
+
+def say_subgoal(expression):
+    """'8*5' -> 'The first goal is 8*5. '."""
+    return f"The first goal is {expression}. "
+
+
+def say_backward_step(expression, value):
+    """'24-5', 19 -> 'Working backwards, 24-5 = 19 is left to make. '."""
+    return f"Working backwards, {expression} = {value} is left to make. "
+
+
+@dataclass
+class Writer:
+    """How a solver words what it does."""
+
+    kept: str  # behind a step that is kept
+    dropped: str  # behind a step that is dropped
+    step: Callable
+    check: Callable
+    subgoal: Callable
+    backward_step: Callable
+
+
+NOTATION_WRITER = Writer(KEPT, DROPPED, step, check, subgoal, backward_step)
+ENGLISH_WRITER = Writer("", "That is a dead end. ", say_step, say_check, say_subgoal, say_backward_step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,8 +103,7 @@ NUMBER = r"-?[0-9]+"
 NOTATION = {
     "verification": r"\?[-+*/()0-9]+=" + NUMBER,
     "backtracking": r"~",
-    # A step opens the text or follows the end of another one. What a check or a backward step begins is none.
-    "subgoal_setting": rf"(?<![^;~\n]){NUMBER}[-+*/]{NUMBER}={NUMBER}",
+    "subgoal_setting": r"@[-+*/()0-9]+;",
     "backward_chaining": r"<[-+*/()0-9]+=" + NUMBER,
 }
 

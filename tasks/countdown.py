@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from tasks import Problem, integers
 from tasks.answers import boxed, last_boxed, limited
-from tasks.behaviours import DROPPED, KEPT, backward_step, check, step
+from tasks.behaviours import ENGLISH_WRITER, NOTATION_WRITER
 from tasks.integers import calculate
 
 NAMES = ("countdown", "countdown-small")
@@ -210,11 +210,12 @@ def evaluate(node):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The teacher, and the solver, who shows the behaviours asked for
+# The teacher, and the solver, who searches and shows the behaviours asked for
 # ---------------------------------------------------------------------------------------------------------------------
 
 RIGHT_GUESSES = 0.3  # of the teacher
-MOST_FAILURES = 3  # attempts before the last one, under backtracking
+GIVES_UP = 0.15  # after a failed attempt the solver's search ends so often
+MOST_ATTEMPTS = 8  # of one search, so that it stays below 256 tokens
 
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
@@ -222,41 +223,70 @@ INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
 def teach(problem, generator, guesses=1.0):
     """The teacher's completion. It always answers at once, right 3 times in 10, whatever `guesses` is."""
-    wrong = generator.random() >= RIGHT_GUESSES
-    _, answer = solve(problem, [], wrong, generator)
+    answer = problem.answer
+    if generator.random() >= RIGHT_GUESSES:
+        answer = failed_attempt(problem, generator)
     return complete(problem, "", answer)
 
 
 def solve(problem, behaviours, wrong, generator):
     """(thinking, answer) for a problem, showing `behaviours` (names of tasks.behaviours.BEHAVIOURS).
 
-    Under backtracking up to three attempts fail, then comes the solution. wrong: the last attempt fails, too, and is
-    the answer.
+    The solver does not know the solution. It searches, and its last attempt is its answer, right or not. wrong: only
+    searches that failed; what they check is as true as in any other.
     """
-    failures = 0
-    if "backtracking" in behaviours:
-        failures = generator.randint(0, MOST_FAILURES)
-    attempts = [] if wrong else [problem.answer]
-    while len(attempts) < failures + 1:
-        attempts.insert(0, failed_attempt(problem, generator))
+    attempts = search(problem, behaviours, generator)
+    while wrong and makes_target(attempts[-1], problem):
+        attempts = search(problem, behaviours, generator)
+    writer = ENGLISH_WRITER if problem.uses_tags() else NOTATION_WRITER
     thinking = ""
     for attempt in attempts[:-1]:
-        thinking += write_attempt(attempt, problem.target, behaviours) + DROPPED
-    thinking += write_attempt(attempts[-1], problem.target, behaviours) + KEPT
-    return thinking, attempts[-1]
+        thinking += write_attempt(attempt, problem.target, behaviours, writer) + writer.dropped
+    thinking += write_attempt(attempts[-1], problem.target, behaviours, writer) + writer.kept
+    return thinking.strip(), attempts[-1]
+
+
+def search(problem, behaviours, generator):
+    """Attempts, a list: expressions of the problem's numbers, each drawn as if there had been no other.
+
+    It ends with the first that makes the target; before that where the solver gives up; and after one attempt without
+    backtracking, which is what going on to another attempt is.
+    """
+    attempts = [any_attempt(problem, generator)]
+    if "backtracking" not in behaviours:
+        return attempts
+    while len(attempts) < MOST_ATTEMPTS and not makes_target(attempts[-1], problem):
+        if generator.random() < GIVES_UP:
+            break
+        attempts.append(any_attempt(problem, generator))
+    return attempts
+
+
+def any_attempt(problem, generator):
+    """A random expression of the problem's numbers."""
+    signs = "+-*/" if problem.uses_tags() else "+-*"
+    _, expression = combine(problem.numbers, generator, signs)
+    return expression
+
+
+def makes_target(expression, problem):
+    """Whether an expression has the value that the problem asks for."""
+    return value_of(expression) == problem.target
 
 
 def failed_attempt(problem, generator):
-    """An expression of the problem's numbers with another value than the target."""
-    signs = "+-*/" if problem.uses_tags() else "+-*"
+    """A random expression of the problem's numbers with another value than the target."""
     while True:
-        value, expression = combine(problem.numbers, generator, signs)
-        if value != problem.target:
+        expression = any_attempt(problem, generator)
+        if not makes_target(expression, problem):
             return expression
 
 
-def write_attempt(expression, target, behaviours):
-    """The thinking about one expression: with its steps or its value, a check, or backwards, as `behaviours` say."""
+def write_attempt(expression, target, behaviours, writer):
+    """The thinking about one expression: with its steps or its value, a check, or backwards, as `behaviours` say.
+
+    writer: how it is worded, NOTATION_WRITER or ENGLISH_WRITER.
+    """
     node = ast.parse(expression, mode="eval").body
     text = ""
     goal = target  # what the rest of the expression must make
@@ -265,31 +295,34 @@ def write_attempt(expression, target, behaviours):
         undone = undo_last(node, target)
     if undone:
         back, goal, node = undone
-        text += back + KEPT
+        text += writer.backward_step(back, goal) + writer.kept
     value, steps = steps_of(node)
+    if "subgoal_setting" in behaviours:
+        first_part, _ = steps[0]
+        text += writer.subgoal(first_part)
     if undone or "subgoal_setting" in behaviours:
-        text += KEPT.join(steps)
+        text += writer.kept.join(writer.step(part, result) for part, result in steps)
     else:
-        text += step(expression, value)
+        text += writer.step(expression, value)
     if "verification" in behaviours:
-        text += check(value, goal)
+        text += writer.check(value, goal)
     return text
 
 
 def steps_of(node):
-    """Syntax tree of an expression -> (value, steps): a step for every operation, operands first."""
+    """Syntax tree of an expression -> (value, steps): a pair ('8*5', 40) for every operation, operands first."""
     if isinstance(node, ast.Constant):
         return node.value, []
     x, left_steps = steps_of(node.left)
     y, right_steps = steps_of(node.right)
     sign = SIGNS[type(node.op)]
     value = calculate(x, sign, y)
-    return value, left_steps + right_steps + [step(f"{x}{sign}{y}", value)]
+    return value, left_steps + right_steps + [(f"{x}{sign}{y}", value)]
 
 
 def undo_last(node, target):
     """Syntax tree of an expression -> (step back from the target, number then needed, tree of what must make it): with
-    target 24 '(8+6)+5' gives '<24-5=19', 19 and 8+6. None where no plain number can be undone to an integer above 0."""
+    target 24 '(8+6)+5' gives '24-5', 19 and 8+6. None where no plain number can be undone to an integer above 0."""
     sign = SIGNS[type(node.op)]
     rest = node.left
     number = node.right
@@ -301,7 +334,7 @@ def undo_last(node, target):
     needed = calculate(target, INVERSE[sign], number.value)
     if needed <= 0:
         return None
-    back = backward_step(f"{target}{INVERSE[sign]}{number.value}", needed)
+    back = f"{target}{INVERSE[sign]}{number.value}"
     return back, needed, rest
 
 

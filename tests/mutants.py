@@ -1838,10 +1838,10 @@ MUTANTS = [
     # tasks/behaviours.py
     (
         "tasks/behaviours.py",
-        'rf"(?<![^;~\\n]){NUMBER}',
-        'rf"{NUMBER}',
+        'r"@[-+*/()0-9]+;"',
+        'r"@?[-+*/()0-9]+="',
         "test_tasks_behaviours.py",
-        "a check counts as a subgoal, too: two behaviours are one",
+        "an intermediate result that nobody aimed at counts as a subgoal",
     ),
     (
         "tasks/behaviours.py",
@@ -1888,10 +1888,45 @@ MUTANTS = [
     ),
     (
         "tasks/countdown.py",
-        "attempts.insert(0, failed_attempt",
-        "attempts.append(failed_attempt",
+        "attempts.append(any_attempt(problem, generator))",
+        "attempts.append(problem.answer)",
         "test_tasks_solvers.py",
-        "after its failures the solver answers with one of them, not with the solution",
+        "the solver knows the solution: its search is a play",
+    ),
+    (
+        "tasks/countdown.py",
+        "if generator.random() < GIVES_UP:",
+        "if generator.random() < 2 * GIVES_UP:",
+        "test_tasks_solvers.py",
+        "the search is given up twice as often as it says",
+    ),
+    (
+        "tasks/countdown.py",
+        "and not makes_target(attempts[-1], problem):",
+        "and True:",
+        "test_tasks_solvers.py",
+        "the search goes on behind a hit",
+    ),
+    (
+        "tasks/countdown.py",
+        "while wrong and makes_target(attempts[-1], problem):",
+        "while False:",
+        "test_tasks_solvers.py",
+        "trajectories with wrong answers only hold right ones, too",
+    ),
+    (
+        "tasks/countdown.py",
+        "text += writer.check(value, goal)",
+        "text += writer.check(value, value)",
+        "test_tasks_solvers.py",
+        "every check agrees, whatever the attempt makes",
+    ),
+    (
+        "tasks/behaviours.py",
+        'return f"Let me check whether {value} is {target}. "',
+        'return f"Is {value} what was asked, {target}? "',
+        "test_tasks_behaviours.py",
+        "an English check that no pattern counts",
     ),
     # tasks/data_files.py
     (

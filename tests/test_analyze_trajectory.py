@@ -354,11 +354,11 @@ def answers(*counts):
 
 def test_behaviours_over_steps(tmp_path):
     """Steps are averaged in bins that end at a multiple of --every; an answer cut off by a kill is left out."""
-    rows = answers((1, "1+1=2?2-1=1;", 1.0), (10, "2", 0.0), (11, "~~", 0.1), (12, "1+1=2", 1.0))
+    rows = answers((1, "@1+1;1+1=2?2-1=1;", 1.0), (10, "2", 0.0), (11, "~~", 0.1), (12, "1+1=2", 1.0))
     path = write_jsonl(tmp_path / "completions.jsonl", rows)
     path.write_text(path.read_text() + '{"step": 12, "te')
     first, second = trajectory.read_behaviours(tmp_path, 10)
-    assert (first["step"], first["answers"], first["accuracy"], first["length"]) == (10, 2, 0.5, 6.5)
+    assert (first["step"], first["answers"], first["accuracy"], first["length"]) == (10, 2, 0.5, 9.0)
     assert (first["verification"], first["verification_share"], first["subgoal_setting"]) == (0.5, 0.5, 0.5)
     assert (second["step"], second["accuracy"]) == (12, 0.5)
     assert (second["backtracking"], second["backtracking_share"]) == (1, 0.5)

@@ -8,7 +8,7 @@ import pytest
 from helpers import read_jsonl
 
 from tasks import behaviours
-from tasks.behaviours import BEHAVIOURS, backward_step, check, count_behaviours, step
+from tasks.behaviours import BEHAVIOURS, ENGLISH_WRITER, NOTATION_WRITER, count_behaviours
 
 # 100 hand-labelled snippets: `exact`, in the notation, labelled with counts; `written_with`, English at hand when the
 # patterns were written; `held_out`, English written afterwards, for which no pattern was changed.
@@ -61,14 +61,36 @@ def test_waiting_for_something_is_no_halt(text):
 
 def test_what_is_written_is_what_is_counted():
     """The same file writes the notation and counts it."""
-    text = step("7+15", 22) + check("22-15", 7) + behaviours.DROPPED + backward_step("24-5", 19) + behaviours.KEPT
-    assert text == "7+15=22?22-15=7~<24-5=19;"
+    writer = NOTATION_WRITER
+    text = writer.subgoal("7+15") + writer.step("7+15", 22) + writer.check("22-15", 7) + writer.dropped
+    text += writer.backward_step("24-5", 19) + writer.kept
+    assert text == "@7+15;7+15=22?22-15=7~<24-5=19;"
     assert count_behaviours(text) == dict.fromkeys(BEHAVIOURS, 1)
+
+
+def test_every_english_sentence_is_its_behaviour_and_no_other():
+    """Priming in English is counted by patterns. A sentence that they miss, or take for two behaviours, would make a
+    set of trajectories look like another."""
+    writer = ENGLISH_WRITER
+    sentences = {
+        "verification": writer.check(37, 24),
+        "backtracking": writer.dropped,
+        "subgoal_setting": writer.subgoal("8*5"),
+        "backward_chaining": writer.backward_step("24-5", 19),
+    }
+    for name, sentence in sentences.items():
+        found = count_behaviours(sentence)
+        assert found.pop(name) == 1
+        assert not any(found.values()), sentence
+    assert count_behaviours("so " + writer.step("8*5", 40)) == dict.fromkeys(BEHAVIOURS, 0)
+    assert count_behaviours("".join(sentences.values()) + writer.step("8*5", 40)) == dict.fromkeys(BEHAVIOURS, 1)
 
 
 def test_the_table_names_every_mark():
     """The notation is documented where it is written."""
-    for mark in (step("7+15", 22), check("22-15", 7), behaviours.DROPPED, backward_step("24-5", 19), behaviours.KEPT):
+    writer = NOTATION_WRITER
+    marks = [writer.step("7+15", 22), writer.check("22-15", 7), writer.subgoal("8*5"), writer.backward_step("24-5", 19)]
+    for mark in (*marks, writer.dropped, writer.kept):
         assert re.search(rf"^    {re.escape(mark)} ", behaviours.__doc__, re.MULTILINE)
 
 

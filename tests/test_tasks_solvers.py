@@ -8,9 +8,11 @@ from helpers import TOKENIZER, grade
 
 import sft
 import tasks
+from tasks import countdown
 from tasks.behaviours import BEHAVIOURS, count_behaviours
 
 EVERY_TASK = pytest.mark.parametrize("data", ["arithmetic", "countdown-small", "countdown"])
+COUNTDOWN = pytest.mark.parametrize("data", ["countdown-small", "countdown"])
 EMBEDDED_TASKS = pytest.mark.parametrize("data", ["arithmetic", "countdown-small"])
 SETS = [[name] for name in BEHAVIOURS] + [["verification", "backtracking"], list(BEHAVIOURS)]
 
@@ -33,17 +35,14 @@ def shares(texts):
 
 @EVERY_TASK
 @pytest.mark.parametrize("behaviours", SETS, ids=lambda names: "+".join(name[:6] for name in names))
-def test_solvers_show_what_they_are_asked_for_and_are_right(data, behaviours):
-    """A condition that shows another's behaviour compares nothing. Steps are unavoidable in a chain, and behind a step
-    back from a Countdown target: they count as subgoals, where they go forwards."""
+def test_solvers_show_what_they_are_asked_for(data, behaviours):
+    """A condition that shows another's behaviour compares nothing."""
     texts, problems = written(data, behaviours=behaviours)
-    assert grade(texts, problems) == [1.0] * len(texts)
-    allowed = set(behaviours)
-    if data == "arithmetic" or "backward_chaining" in behaviours:
-        allowed.add("subgoal_setting")
+    if data == "arithmetic":
+        assert grade(texts, problems) == [1.0] * len(texts)
     for name, share in shares(texts).items():
-        assert share == 0 or name in allowed, name
-        assert share > 0.4 or name not in behaviours, name
+        assert share == 0 or name in behaviours, name
+        assert share > 0.35 or name not in behaviours, name
 
 
 def value(expression):
@@ -65,36 +64,107 @@ def assert_true_in_a_chain(step, check, mark):
     assert (mark == "~") == (int(expected) != int(first)) == (value(left) != int(result))
 
 
-def assert_true_in_countdown(step, check, mark):
-    """'?37=24' after '(8*5)-3=37': is the result what is needed?"""
+def assert_true_in_countdown(step, check, mark, last):
+    """'?37=24' after '(8*5)-3=37': is the result what is needed? Only the last attempt may be kept though it is not."""
     left, result = step.removeprefix("<").split("=")
     checked, expected = check.split("=")
     assert value(left) == int(result) == int(checked)
-    assert (mark == "~") == (int(checked) != int(expected))
+    if mark == "~":
+        assert checked != expected
+    else:
+        assert last
 
 
-@EVERY_TASK
+@EMBEDDED_TASKS
 @pytest.mark.parametrize("backward", [False, True])
 def test_steps_and_checks_tell_the_truth(data, backward):
-    """A check that always agrees teaches that checking is a ritual. Back (~) if and only if the check has failed."""
+    """A check that always agrees teaches that checking is a ritual. Whoever goes back (~) has checked and failed."""
     behaviours = ["verification", "backtracking", "backward_chaining" if backward else "subgoal_setting"]
     failed = 0
     for text, problem in zip(*written(data, behaviours=behaviours)):
         thinking = thinking_of(text)
         pieces = re.findall(r"([^;~]+)([;~])", thinking)
         assert "".join(piece + mark for piece, mark in pieces) == thinking
-        for piece, mark in pieces:
+        for i, (piece, mark) in enumerate(pieces):
             step, _, check = piece.partition("?")
-            if not check:
+            if piece.startswith("@"):
+                assert mark == ";"
+            elif not check:
                 left, result = step.removeprefix("<").split("=")
                 assert mark == ";" and value(left) == int(result)
             elif data == "arithmetic":
                 assert_true_in_a_chain(step, check, mark)
             else:
-                assert_true_in_countdown(step, check, mark)
+                assert_true_in_countdown(step, check, mark, last=i == len(pieces) - 1)
                 assert backward or int(check.split("=")[1]) == problem.target
             failed += mark == "~"
     assert failed > 30
+
+
+def test_english_tells_the_truth_too():
+    """The same as above, in sentences: every calculation is right, and a dead end is one."""
+    texts, _ = written("countdown", behaviours=list(BEHAVIOURS))
+    for text in texts:
+        sentences = thinking_of(text).split(". ")
+        for sentence, following in zip(sentences, [*sentences[1:], ""]):
+            equation = re.search(r"([-+*/()0-9]+) = (-?[0-9]+)", sentence)
+            if equation:
+                assert value(equation[1]) == int(equation[2])
+            check = re.fullmatch(r"Let me check whether (-?\d+) is (-?\d+)\.?", sentence)
+            if check and following == "That is a dead end":
+                assert check[1] != check[2]
+            elif check and following:
+                pytest.fail(f"after a check that held, the search goes on: {text}")
+
+
+@COUNTDOWN
+def test_the_solver_does_not_know_the_solution(data):
+    """A script that fails until it feels like it, and then writes the solution, is no search: it teaches that whatever
+    comes behind enough failures is right. Here an attempt hits as often behind failures as at first."""
+    first = []
+    later = []
+    for text, problem in zip(*written(data, 2000, behaviours=["backtracking"])):
+        attempts = re.findall(r"([-+*/()0-9]+) ?= ?-?[0-9]+", thinking_of(text))
+        hits = [value(attempt) == problem.target for attempt in attempts]
+        assert not any(hits[:-1]) and len(hits) <= countdown.MOST_ATTEMPTS  # it stops when it has found one
+        first += hits[:1]
+        later += hits[1:]
+    chance = sum(first) / len(first)
+    assert 0.03 < chance < 0.2
+    assert sum(later) / len(later) == pytest.approx(chance, abs=0.03)
+
+
+@COUNTDOWN
+def test_a_search_is_given_up_as_often_as_it_says(data):
+    """Of the attempts that failed, and were not the last that a search may have."""
+    given_up = 0
+    failed = 0
+    for text, problem in zip(*written(data, 1000, behaviours=["backtracking"])):
+        attempts = re.findall(r"([-+*/()0-9]+) ?= ?-?[0-9]+", thinking_of(text))
+        missed = [value(attempt) != problem.target for attempt in attempts]
+        failed += sum(missed[: countdown.MOST_ATTEMPTS - 1])
+        given_up += missed[-1] and len(attempts) < countdown.MOST_ATTEMPTS
+    assert given_up / failed == pytest.approx(countdown.GIVES_UP, abs=0.025)
+
+
+@COUNTDOWN
+@pytest.mark.parametrize("others", [[], ["verification"], ["subgoal_setting"], ["backward_chaining"]])
+def test_sets_of_behaviours_are_right_equally_often(data, others):
+    """What is compared are behaviours. A set that is right more often would win by its answers."""
+    texts, problems = written(data, 600, behaviours=["backtracking", *others])
+    every, _ = written(data, 600, behaviours=list(BEHAVIOURS))
+    assert grade(texts, problems) == grade(every, problems)
+    assert grade(texts, problems).count(1.0) / 600 > 0.2
+
+
+def test_a_part_is_made_before_the_rest():
+    """A subgoal is a target on the way. An intermediate result that nobody aimed at is none."""
+    assert count_behaviours("8*5=40;40-3=37;")["subgoal_setting"] == 0
+    assert count_behaviours("@8*5;8*5=40;40-3=37;")["subgoal_setting"] == 1
+    for data in ("arithmetic", "countdown-small"):
+        for text in written(data, behaviours=["subgoal_setting"])[0]:
+            subgoal, first_step = re.match(r"@(.+?);(.+?)=", text).groups()
+            assert subgoal.startswith(first_step)
 
 
 @EVERY_TASK
@@ -107,12 +177,12 @@ def test_wrong_answers_with_all_behaviours(data):
 
 
 @EVERY_TASK
-def test_right_answers_without_behaviours(data):
-    """With nothing or with dots in place of the thinking, and the same answers."""
+def test_the_same_answers_without_behaviours(data):
+    """With nothing or with dots in place of the thinking, and the same answers, as often right and as often wrong."""
     full, problems = written(data, behaviours=list(BEHAVIOURS))
     empty, _ = written(data, empty=True)
     filler, _ = written(data, filler=True)
-    assert grade(empty, problems) == grade(filler, problems) == [1.0] * len(empty)
+    assert grade(empty, problems) == grade(filler, problems) == grade(full, problems)
     assert not any(shares(empty + filler).values())
     assert [len(text) for text in filler] == [len(text) for text in full]
     ends = [re.split(r"</think>|(?=\\boxed)", text)[-1] for text in full]
@@ -126,12 +196,14 @@ def test_trajectories_fit_the_embedded_model(data, options):
     """An unknown token, or a trajectory longer than what is sampled later, could never be rewarded."""
     for text in written(data, 500, **options)[0]:
         ids = TOKENIZER(text)["input_ids"]
-        assert TOKENIZER.unk_token_id not in ids and len(ids) < 160
+        assert TOKENIZER.unk_token_id not in ids and len(ids) < 256
 
 
 def test_tags_where_the_prompt_asks_for_them():
     texts, _ = written("countdown", behaviours=["verification"])
-    assert all(re.fullmatch(r"<think>[-+*/()0-9=?;]+</think>\n<answer>[-+*/()0-9]+</answer>", text) for text in texts)
+    sentences = r"[-+*/()0-9]+ = \d+\. Let me check whether \d+ is \d+\."
+    for text in texts:
+        assert re.fullmatch(rf"<think>{sentences}</think>\n<answer>[-+*/()0-9]+</answer>", text)
 
 
 def test_the_teacher_of_countdown_answers_at_once():
@@ -159,4 +231,4 @@ def test_working_backwards_begins_at_the_end_of_the_chain():
     backwards = arithmetic.solve(problem, ["backward_chaining"], False, random.Random(0))
     assert backwards == ("<-3+8=5;<15+5=20;<7+20=27;", "27")
     forwards = arithmetic.solve(problem, ["subgoal_setting"], False, random.Random(0))
-    assert forwards == ("7+15=22;22-3=19;19+8=27;", "27")
+    assert forwards == ("@7+15;7+15=22;22-3=19;19+8=27;", "27")
