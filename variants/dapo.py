@@ -147,7 +147,6 @@ def main(args):
         # same make room for others, drawn from all of --data, and the batch is graded anew: cheap beside sampling.
         rollouts = None
         silent = list(range(args.num_prompts))  # prompts to be sampled in this round
-        samples = 0
         for extra in range(1 + args.extra_rounds):
             fresh = common.sample(
                 model,
@@ -161,7 +160,6 @@ def main(args):
             )
             rows = [p * args.num_generations + g for p in silent for g in range(args.num_generations)]
             rollouts = replace_rows(rollouts or fresh, rows, fresh)
-            samples += len(rows)
             run.lap("sampling")
             verdicts, rewards = common.grade_rollouts(rollouts, problems, args.grade_timeout, args.reward)  # B; [P, G]
             silent = (rewards.amax(1) == rewards.amin(1)).nonzero().flatten().tolist()
@@ -221,7 +219,6 @@ def main(args):
             tokens_per_second=rollouts.lengths.sum().item() / run.seconds(),
             phase="whole",
             extra_rounds=extra,
-            samples=samples,
             **optimizer.summary(),
             **common.per_token(sums),
             **common.logp_gap(rollouts, old_logps, live),
