@@ -5,7 +5,8 @@ any evaluation. The run ends at the second one. For every seed, grpo.py with its
 command; the ratios are to that run.
 
 Wall time depends on what else the machine does. So beside it stand processor seconds of this one process (the
-verifier's processes, which take little, are left out), and samples and tokens, which depend on no machine.
+verifier's processes, which take little, are left out), and samples and tokens, which depend on no machine. All that is
+sampled counts, also what a script throws away again.
 
     python benchmarks/speedrun.py "grpo.py --learning_rate 4e-4"
     python benchmarks/speedrun.py "opo.py" "variants/dapo.py" --seeds 0 1 2 3 4
@@ -48,10 +49,13 @@ class Watch:
     def __init__(self):
         self.steps = {}  # step -> (seconds, processor seconds, samples, tokens), without what evaluations take
         self.evaluations = []  # (step, sampled accuracy)
+        self.samples = 0  # of this step
+        self.tokens = 0
 
-    def patch(self, Run):
-        """Patches of bookkeeping.Run, to be entered."""
-        real_steps, real_log, real_completions, real_write = Run.steps, Run.log, Run.log_completions, Run.write_record
+    def patch(self, Run, common):
+        """Patches of bookkeeping.Run and of common.sample, to be entered."""
+        real_steps, real_log, real_write = Run.steps, Run.log, Run.write_record
+        real_sample = common.sample
 
         def steps(run):
             for given in real_steps(run):
@@ -61,10 +65,11 @@ class Watch:
                 self.processor = time.process_time()
                 yield given
 
-        def log_completions(run, step, problems, rollouts, *rest):
-            self.samples += len(rollouts.texts)
+        def sample(*arguments, **options):
+            rollouts = real_sample(*arguments, **options)
+            self.samples += len(rollouts.texts)  # an evaluation's, behind the step, are forgotten by the next one
             self.tokens += int(rollouts.lengths.sum())
-            real_completions(run, step, problems, rollouts, *rest)
+            return rollouts
 
         def log(run, step, metrics):
             seconds = time.perf_counter() - self.wall
@@ -80,10 +85,9 @@ class Watch:
                     raise Reached
 
         stack = contextlib.ExitStack()
-        for name, function in dict(
-            steps=steps, log=log, log_completions=log_completions, write_record=write_record
-        ).items():
+        for name, function in dict(steps=steps, log=log, write_record=write_record).items():
             stack.enter_context(mock.patch.object(Run, name, function))
+        stack.enter_context(mock.patch.object(common, "sample", sample))
         return stack
 
     def result(self):
@@ -98,6 +102,7 @@ def worker(command, seed, every, folder):
     """Run a command in this process and print what it took, as JSON."""
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # imports start at the root of the repository
     import bookkeeping
+    import common
     from plumbing.options import parse
 
     script, *options = shlex.split(command)
@@ -106,7 +111,7 @@ def worker(command, seed, every, folder):
     sys.argv = [script, *fixed, *options]
     args = parse(module.Args, module.EMBEDDED)
     watch = Watch()
-    with watch.patch(bookkeeping.Run), contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Reached):
+    with watch.patch(bookkeeping.Run, common), contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Reached):
         module.main(args)
     print(json.dumps(watch.result() | dict(evaluations=watch.evaluations)), flush=True)
 

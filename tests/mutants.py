@@ -55,6 +55,13 @@ MUTANTS = [
         "test_benchmarks_speedrun.py",
         "the steps that only confirm are counted, too",
     ),
+    (
+        "benchmarks/speedrun.py",
+        "self.samples += len(rollouts.texts)",
+        "self.samples = len(rollouts.texts)",
+        "test_benchmarks_speedrun.py",
+        "answers that are thrown away cost nothing",
+    ),
     # grpo.py
     (
         "grpo.py",
