@@ -322,7 +322,8 @@ def steps_of(node):
 
 def undo_last(node, target):
     """Syntax tree of an expression -> (step back from the target, number then needed, tree of what must make it): with
-    target 24 '(8+6)+5' gives '24-5', 19 and 8+6. None where no plain number can be undone to an integer above 0."""
+    target 24 '(8+6)+5' gives '24-5', 19 and 8+6. None where no plain number can be undone to a whole number. One
+    below 0 is told, too: it says that this attempt cannot work."""
     sign = SIGNS[type(node.op)]
     rest = node.left
     number = node.right
@@ -331,9 +332,9 @@ def undo_last(node, target):
         number = node.left
     if not isinstance(number, ast.Constant) or isinstance(rest, ast.Constant):
         return None
-    needed = calculate(target, INVERSE[sign], number.value)
-    if needed <= 0:
+    if sign == "*" and target % number.value:
         return None
+    needed = calculate(target, INVERSE[sign], number.value)
     back = f"{target}{INVERSE[sign]}{number.value}"
     return back, needed, rest
 
