@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # imports start at th
 
 from plumbing.errors import UserError, one_line_errors
 from plumbing.files import read_log
-from plumbing.runs import labels_of
+from plumbing.runs import is_number, labels_of
 from plumbing.statistics import mean_interval
 from plumbing.tables import markdown_table
 
@@ -32,15 +32,22 @@ ACCURACY = "eval_accuracy"
 def runs_of(way):
     """'runs/grpo' -> {seed: evaluations of runs/grpo-<seed>}, evaluations in order. Raises UserError if there is none.
 
-    An evaluation is a record of metrics.jsonl with the sampled accuracy on held-out problems.
+    An evaluation is a record of metrics.jsonl with the sampled accuracy on held-out problems. What is no number in it
+    (null, where an entropy was not finite) is left out.
     """
     path = Path(way)
     runs = {}
     for folder in path.parent.glob(f"{path.name}-*"):
-        seed = re.fullmatch(r"(\d+)", folder.name.removeprefix(f"{path.name}-"))
-        records = [record for record in read_log(folder / "metrics.jsonl") if ACCURACY in record]
-        if seed is not None and records:
-            runs[int(seed.group())] = records
+        seed = folder.name.removeprefix(f"{path.name}-")
+        if not re.fullmatch("[0-9]+", seed):
+            continue
+        evaluations = []
+        for record in read_log(folder / "metrics.jsonl"):
+            numbers = {name: value for name, value in record.items() if is_number(value)}
+            if ACCURACY in numbers:
+                evaluations.append(numbers)
+        if evaluations:
+            runs[int(seed)] = evaluations
     if not runs:
         raise UserError(f"{way}: no evaluated run {way}-0, {way}-1, ...; train one with --output_dir {way}-0")
     return runs

@@ -39,6 +39,16 @@ def test_a_way_is_all_runs_that_differ_in_their_seed(tmp_path):
     assert [record["step"] for record in runs[0]] == [0, 10]
 
 
+def test_a_metric_that_is_no_number_is_left_out(tmp_path, capsys):
+    """An entropy that was not finite is null in the log. One such evaluation must not end the table in a traceback."""
+    write_run(tmp_path / "a-0", [0.1, 0.2, 0.9], eval_entropy=[1.0, None, 0.3])
+    write_run(tmp_path / "a-1", [0.1, 0.2, 0.9], eval_entropy=[1.0, 0.5, 0.3])
+    lines = printed(capsys, tmp_path / "a", "--metrics", "eval_entropy", "--steps", 10)
+    assert "| a | 0.500 (1) |" in lines
+    lines = printed(capsys, tmp_path / "a", "--metrics", "eval_entropy", "--at_accuracy", 0.55)
+    assert "| a | 0.400 (1) |" in lines
+
+
 def test_differences_are_taken_seed_by_seed(tmp_path, capsys):
     """By hand: 0.1 more in every seed is a difference, although the seeds are far apart and the intervals overlap."""
     for seed, accuracy in enumerate([0.2, 0.5, 0.8]):
