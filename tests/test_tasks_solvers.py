@@ -194,9 +194,10 @@ def test_the_same_answers_without_behaviours(data):
 @pytest.mark.parametrize("options", [dict(behaviours=list(BEHAVIOURS)), dict(wrong_answers_only=True)])
 def test_trajectories_fit_the_embedded_model(data, options):
     """An unknown token, or a trajectory longer than what is sampled later, could never be rewarded."""
+    most = {"arithmetic": 160, "countdown-small": 256}[data]  # a search is longer than a chain
     for text in written(data, 500, **options)[0]:
         ids = TOKENIZER(text)["input_ids"]
-        assert TOKENIZER.unk_token_id not in ids and len(ids) < 256
+        assert TOKENIZER.unk_token_id not in ids and len(ids) < most
 
 
 def test_tags_where_the_prompt_asks_for_them():
