@@ -244,7 +244,7 @@ class Tree:
             input_ids=ids[None],
             position_ids=positions[None],
             attention_mask=attention_mask,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             output_hidden_states=self.layers,
         )

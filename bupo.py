@@ -10,6 +10,8 @@ Against grpo.py:
 - two options: which block (--internal_layer, 0-based: the paper's layer k + 1), for how many steps (--internal_steps)
 - the forward pass ends at block k: the blocks above get no gradient, nor the final norm without --internal_norm
 - phase one logs no log-prob gap: the samples are pi's, and the ratio compares pi_k with itself before the update
+- two controls: is it the objective of phase one, or which weights move (--internal_objective whole)? Is it that the
+  optimizer's moments come from another objective (--internal_reset)?
 
     python bupo.py                                           # embedded model, no GPU, no network: minutes
     python bupo.py --internal_steps 60 --output_dir runs/bupo_all    # phase one for ever: the paper's collapse
@@ -25,7 +27,7 @@ import torch
 
 import bookkeeping
 import common
-from plumbing.blocks import block_number
+from plumbing.blocks import block_number, drop_gradients_above
 from plumbing.errors import UserError, one_line_errors
 from plumbing.models import load_model
 from plumbing.options import RunArgs, option, parse
@@ -67,6 +69,10 @@ class Args(RunArgs):
     internal_layer: str = option(5, "block whose policy phase one trains, 0-based (paper: layer 6), 'auto' or 'random'")
     internal_steps: int = option(30, "steps of phase one; 0 is GRPO (paper: 30 for Qwen3-4B, 20 else)", at_least=0)
     internal_norm: bool = option(False, "apply the final norm to the internal state, as the usual logit lens does")
+    internal_objective: Literal["internal", "whole"] = option(
+        "internal", "of phase one; whole is a control: the same weights move, for the sake of the whole policy"
+    )
+    internal_reset: bool = option(False, "a control: AdamW's moments begin anew when the whole policy's turn comes")
 
 
 def advantages(rewards, lengths, estimator="group_normalised"):
@@ -145,7 +151,11 @@ def main(args):
     for step, problems in run.steps():  # the next P problems of --data, shuffled; problem.ids: the tokens of its prompt
         # Whose policy is trained at this step: block k's first, then the whole one. The optimizer carries over.
         internal = step <= args.internal_steps
-        policy = dict(layer=layer, norm=args.internal_norm) if internal else {}
+        policy = {}
+        if internal and args.internal_objective == "internal":
+            policy = dict(layer=layer, norm=args.internal_norm)
+        if args.internal_reset and step == args.internal_steps + 1:
+            optimizer.forget_moments()
 
         # 1. Sample G completions per prompt from the policy itself and grade them.
         rollouts = common.sample(
@@ -202,6 +212,8 @@ def main(args):
                 sums.update(tokens=mask.sum().item(), trained_entropy=(entropy * mask).sum().item())
                 sums.update(trained_logp=(old_logps[rows] * mask).sum().item())
             if batches:
+                if internal and not policy:
+                    drop_gradients_above(model, layer)
                 optimizer.step()
         run.lap("update")
 
@@ -210,10 +222,10 @@ def main(args):
         record = dict(
             **common.measure(rollouts, verdicts, rewards),
             tokens_per_second=rollouts.lengths.sum().item() / run.seconds(),
-            phase="internal" if internal else "whole",
+            phase="internal" if policy else "whole",
             **optimizer.summary(),
             **common.per_token(sums),
-            **common.logp_gap(rollouts, old_logps, [] if internal else live),
+            **common.logp_gap(rollouts, old_logps, [] if policy else live),
         )
         run.log(step, record)
         run.stop_if_ungraded(step, verdicts)

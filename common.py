@@ -256,7 +256,7 @@ def run_blocks(model, ids, attention_mask, cache=None, prompt_lengths=None):
         input_ids=ids,
         attention_mask=attention_mask,
         position_ids=positions,
-        past_key_values=cache,
+        cache=cache,
         use_cache=cache is not None,
     ).last_hidden_state
 

@@ -1,12 +1,13 @@
 """How many threads a small model is worth, and what waiting costs: alone, and beside as many busy processes as cores.
 
-Three ways to run one step of imitation and one of sampling at the embedded model's size take turns, each in a process
+Four ways to run one step of imitation and one of sampling at the embedded model's size take turns, each in a process
 of its own, since OpenMP reads its settings once:
 
-    one thread      what the scripts take for a small model
-    all, asleep     a thread for every core; those that wait sleep (OMP_WAIT_POLICY=PASSIVE), what the scripts take for
-                    larger models
-    all, spinning   the same as torch comes: those that wait ask again and again whether there is work
+    one thread      nobody waits
+    two, patient    what the scripts take for a small model: a thread that waits asks a thousand times whether there is
+                    work (GOMP_SPINCOUNT=1000), and then sleeps; larger models have a thread for every core, as patient
+    all, asleep     a thread for every core; those that wait sleep at once (OMP_WAIT_POLICY=PASSIVE)
+    all, spinning   the same as torch comes: those that wait ask on and on
 
 Beside wall time stands processor time: other work on the machine changes it little.
 
@@ -25,6 +26,7 @@ import time
 
 WAYS = {
     "one thread": dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"),
+    "two, patient": dict(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000"),
     "all, asleep": dict(OMP_NUM_THREADS=str(os.cpu_count()), OMP_WAIT_POLICY="PASSIVE"),
     "all, spinning": dict(OMP_NUM_THREADS=str(os.cpu_count())),
 }

@@ -1,4 +1,5 @@
-"""Which blocks are trained, and how fast: --train_blocks, --lr_below, and --internal_layer of bottom-up training."""
+"""Which blocks are trained, and how fast: --train_blocks, --lr_below, and what phase one of bottom-up training
+moves."""
 
 import math
 import random
@@ -74,3 +75,12 @@ def block_number(model, layer, args):
             remedy = f"begin at {layer} or below, or take --internal_steps 0"
             raise UserError(f"--train_blocks {args.train_blocks}: phase one trains no block above {layer}; {remedy}")
     return layer
+
+
+def drop_gradients_above(model, layer):
+    """Forget the gradients of the blocks above `layer` and of the final norm, so that the optimizer leaves them as they
+    are: what moves is what the raw policy of this block depends on."""
+    backbone = backbone_of(model)
+    for part in (*backbone.layers[layer + 1 :], backbone.norm):
+        for parameter in part.parameters():
+            parameter.grad = None

@@ -113,6 +113,11 @@ class Optimizer:
         """The model computes with the rounded master; nothing changes where the parameter is its own master."""
         sharding.own_share(slot.parameter.data).copy_(slot.master)
 
+    def forget_moments(self):
+        """AdamW begins anew: without moments and with step 1 of their bias correction."""
+        for slot in self.slots:
+            slot.adam.state.clear()
+
     def summary(self):
         """What happened since the last summary -> dict.
 

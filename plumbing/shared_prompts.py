@@ -50,7 +50,7 @@ def read_prompts_once(backbone, ids, attention_mask, prompt_lengths):
         places.setdefault(prompt, len(places))
     unique = pad_sequence([torch.tensor(prompt) for prompt in places], batch_first=True).to(ids.device)
     cache = DynamicCache(config=backbone.config)
-    of_prompts = backbone(input_ids=unique, past_key_values=cache, use_cache=True).last_hidden_state
+    of_prompts = backbone(input_ids=unique, cache=cache, use_cache=True).last_hidden_state
 
     owners = []  # of every row, the place of its prompt
     completions = []  # of every row, its token ids
@@ -97,6 +97,6 @@ def read_completions(backbone, prompt_cache, owners, starts, completions):
         input_ids=ids,
         attention_mask=torch.cat([sees_prompt, sees_completion], dim=1),
         position_ids=starts[:, None] + torch.arange(t, device=ids.device),
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
     ).last_hidden_state

@@ -8,8 +8,8 @@ MUTANTS = [
     # threads and the speedrun
     (
         "plumbing/start.py",
-        'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")',
-        'os.environ["OMP_WAIT_POLICY"] = "PASSIVE"',
+        '    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):\n        return\n',
+        "",
         "test_plumbing_start.py",
         "a user who lets threads spin on a machine of his own is overruled",
     ),
@@ -25,7 +25,7 @@ MUTANTS = [
         "if model.num_parameters() < SMALL:",
         "if model.num_parameters() > SMALL:",
         "test_plumbing_models.py",
-        "large models get one thread, small ones all: both the wrong way round",
+        "large models get two threads, small ones all: both the wrong way round",
     ),
     (
         "bookkeeping.py",
@@ -191,6 +191,41 @@ MUTANTS = [
         "the reference is the policy itself: the KL is always 0 and holds nothing back",
     ),
     # bupo.py
+    (
+        "bupo.py",
+        "                if internal and not policy:\n                    drop_gradients_above(model, layer)\n",
+        "",
+        "test_bupo.py",
+        "the control of phase one trains every weight: it is GRPO",
+    ),
+    (
+        "bupo.py",
+        "args.internal_reset and step == args.internal_steps + 1",
+        "args.internal_reset and step > args.internal_steps",
+        "test_bupo.py",
+        "moments begin anew in every step of phase two",
+    ),
+    (
+        "bupo.py",
+        "args.internal_reset and step == args.internal_steps + 1",
+        "args.internal_reset and step == args.internal_steps + 2",
+        "test_bupo.py",
+        "moments begin anew one step late",
+    ),
+    (
+        "plumbing/blocks.py",
+        "backbone.layers[layer + 1 :], backbone.norm",
+        "backbone.layers[layer:], backbone.norm",
+        "test_bupo.py",
+        "the control of phase one leaves its own block out",
+    ),
+    (
+        "plumbing/blocks.py",
+        "(*backbone.layers[layer + 1 :], backbone.norm)",
+        "backbone.layers[layer + 1 :]",
+        "test_bupo.py",
+        "the control of phase one trains the final norm",
+    ),
     (
         "bupo.py",
         "/ (rewards.std(1, keepdim=True) + 1e-6)",
@@ -1307,7 +1342,7 @@ MUTANTS = [
         "environment | WAYS[way]",
         "os.environ | WAYS[way]",
         "test_benchmarks_threads.py",
-        "the shell's own settings rule all three ways",
+        "the shell's own settings rule all the ways",
     ),
     (
         "benchmarks/threads.py",

@@ -47,9 +47,10 @@ def test_a_step_takes_time_in_a_process_of_its_own():
 
 
 def test_every_way_has_its_own_settings(monkeypatch):
-    """What the caller's shell says of OpenMP must not reach the ways: all three would measure the same."""
+    """What the caller's shell says of OpenMP must not reach the ways: all of them would measure the same."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     environments = {}
 
     def run(command, env, **_):
@@ -59,10 +60,12 @@ def test_every_way_has_its_own_settings(monkeypatch):
     monkeypatch.setattr(threads.subprocess, "run", run)
     for way in threads.WAYS:
         assert threads.measure(way, steps=1) == [(2.0, 1.0)]
-    one, asleep, spinning = environments.values()
+    one, patient, asleep, spinning = environments.values()
     assert (one["OMP_NUM_THREADS"], one["OMP_WAIT_POLICY"]) == ("1", "PASSIVE")
+    assert (patient["OMP_NUM_THREADS"], patient["GOMP_SPINCOUNT"]) == ("2", "1000")
+    assert "GOMP_SPINCOUNT" not in asleep
     assert asleep["OMP_WAIT_POLICY"] == "PASSIVE" and asleep["OMP_NUM_THREADS"] == spinning["OMP_NUM_THREADS"] != "7"
-    assert "OMP_WAIT_POLICY" not in spinning
+    assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(spinning)
 
 
 def test_busy_processes_are_there_while_it_is_measured_and_gone_afterwards(monkeypatch):
@@ -91,11 +94,11 @@ def test_busy_processes_are_there_while_it_is_measured_and_gone_afterwards(monke
 
 def test_the_table_by_hand():
     """Slower: the time beside others over the time alone. Against one thread: both times over its own."""
-    alone = dict(zip(threads.WAYS, [(1.0, 1.0), (0.8, 1.2), (0.5, 1.0)]))
-    beside = dict(zip(threads.WAYS, [(2.0, 1.0), (2.4, 1.2), (4.0, 3.0)]))
+    alone = dict(zip(threads.WAYS, [(1.0, 1.0), (0.9, 1.1), (0.8, 1.2), (0.5, 1.0)]))
+    beside = dict(zip(threads.WAYS, [(2.0, 1.0), (1.8, 1.1), (2.4, 1.2), (4.0, 3.0)]))
     rows = [line.split() for line in threads.report(alone, beside)]
     assert rows[1][2:] == ["1.00", "1.00", "2.00", "1.00", "2.00", "1.00,", "1.00"]
-    assert rows[3][2:] == ["0.50", "1.00", "4.00", "3.00", "8.00", "0.50,", "2.00"]
+    assert rows[4][2:] == ["0.50", "1.00", "4.00", "3.00", "8.00", "0.50,", "2.00"]
 
 
 def test_a_process_that_fails_is_told(monkeypatch):

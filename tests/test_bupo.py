@@ -58,6 +58,7 @@ def weights(folder):
 def test_the_defaults_of_phase_one_are_the_papers():
     args = bupo.Args()
     assert (args.internal_layer, args.internal_steps, args.internal_norm) == (5, 30, False)
+    assert (args.internal_objective, args.internal_reset) == ("internal", False)
     trunk = {name: value for name, value in vars(grpo.Args()).items() if name != "output_dir"}
     assert trunk.items() <= vars(args).items()
 
@@ -137,6 +138,25 @@ def test_phase_one_leaves_what_lies_above_the_block(model_folder, data):
         assert torch.equal(tensor, trained[name]) == above, name
 
 
+def test_the_control_moves_the_same_weights_for_the_whole_policy(model_folder, data):
+    """--internal_objective whole: the gradient is the whole policy's, of the weights that block k's policy depends on.
+    With one block more it would be no control; and phase two must train everything."""
+    seen = watch(bupo, internal(model_folder, data, internal_objective="whole", max_steps=2))
+    rollouts = seen.rollouts[0]
+    A = bupo.advantages(GIVEN, rollouts.lengths.view(4, 4)).view(-1, 1)
+    model, logps, _, mask = textbook(model_folder, rollouts, 1.0)
+    masked_average(-A * logps, mask).backward()
+    expected = {}
+    for name, gradient in gradients_of(model).items():
+        if not name.startswith(("model.layers.2.", "model.norm.")):
+            expected[name] = gradient
+    assert_same_gradients(seen.gradients[0], expected, 1e-5)
+    assert seen.gradients[1].keys() == dict(model.named_parameters()).keys()
+    first, second = read_jsonl("run/metrics.jsonl")
+    assert first["phase"] == second["phase"] == "whole"
+    assert first["logp_gap"] < 1e-5  # what is trained is what was sampled, so the gap must be there
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The switch
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,6 +191,22 @@ def test_the_optimizer_is_carried_over_at_the_switch(model_folder, data, monkeyp
     for name, state in optimizer.state_dict().items():
         steps = used[name]["adam"]["state"][0]["step"]
         assert steps == state["adam"]["state"][0]["step"] == (2 if name in seen.gradients[0] else 1), name
+
+
+@pytest.mark.parametrize("reset, steps", [(False, 3), (True, 1)], ids=["carried over", "begun anew"])
+def test_moments_begin_anew_where_asked_for(reset, steps, model_folder, data, monkeypatch):
+    """At the switch and nowhere else: moments that begin anew in every step would be a third algorithm."""
+    optimizers = []
+    real_init = Optimizer.__init__
+
+    def init(optimizer, *rest):
+        optimizers.append(optimizer)
+        real_init(optimizer, *rest)
+
+    monkeypatch.setattr(Optimizer, "__init__", init)
+    watch(bupo, internal(model_folder, data, internal_steps=2, max_steps=3, internal_reset=reset))
+    used = optimizers[-1].state_dict()
+    assert used["model.embed_tokens.weight"]["adam"]["state"][0]["step"] == steps
 
 
 def test_no_internal_steps_is_the_trunk_bit_for_bit(model_folder, data):

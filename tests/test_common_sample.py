@@ -241,7 +241,7 @@ def watch_passes(model, monkeypatch):
 
     def watched(self, **kw):
         output = forward(self, **kw)
-        cache = kw.get("past_key_values")
+        cache = kw.get("cache")
         if cache is not None:
             keys = cache.layers[0].keys
             passes.append((*kw["input_ids"].shape, keys.stride(1) // keys.shape[3]))
