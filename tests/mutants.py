@@ -1338,6 +1338,20 @@ MUTANTS = [
         "without --steps the start is compared, where all are equal",
     ),
     (
+        "benchmarks/lengths.py",
+        '"short ones guess": lambda ratio: 1 / ratio',
+        '"short ones guess": lambda ratio: ratio',
+        "test_benchmarks_lengths.py",
+        "the world in which the assumption fails is the one in which it holds",
+    ),
+    (
+        "benchmarks/lengths.py",
+        "(EVEN * (long - short)) ** 2",
+        "(long - short) ** 2",
+        "test_benchmarks_lengths.py",
+        "the gradient of the expected reward is sixteen times too large",
+    ),
+    (
         "benchmarks/threads.py",
         "environment | WAYS[way]",
         "os.environ | WAYS[way]",

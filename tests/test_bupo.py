@@ -55,6 +55,19 @@ def weights(folder):
     return load_model(str(folder), "cpu")[0].state_dict()
 
 
+def optimizers_of(monkeypatch):
+    """A list that every optimizer made from here on is added to."""
+    optimizers = []
+    real_init = Optimizer.__init__
+
+    def init(optimizer, *rest):
+        optimizers.append(optimizer)
+        real_init(optimizer, *rest)
+
+    monkeypatch.setattr(Optimizer, "__init__", init)
+    return optimizers
+
+
 def test_the_defaults_of_phase_one_are_the_papers():
     args = bupo.Args()
     assert (args.internal_layer, args.internal_steps, args.internal_norm) == (5, 30, False)
@@ -167,14 +180,7 @@ def test_the_optimizer_is_carried_over_at_the_switch(model_folder, data, monkeyp
 
     So two steps, one of each phase, leave the state that one optimizer has after just these two gradients.
     """
-    optimizers = []
-    real_init = Optimizer.__init__
-
-    def init(optimizer, *rest):
-        optimizers.append(optimizer)
-        real_init(optimizer, *rest)
-
-    monkeypatch.setattr(Optimizer, "__init__", init)
+    optimizers = optimizers_of(monkeypatch)
     args = internal(model_folder, data, max_steps=2)
     seen = watch(bupo, args)
     trained = weights("run")
@@ -196,14 +202,7 @@ def test_the_optimizer_is_carried_over_at_the_switch(model_folder, data, monkeyp
 @pytest.mark.parametrize("reset, steps", [(False, 3), (True, 1)], ids=["carried over", "begun anew"])
 def test_moments_begin_anew_where_asked_for(reset, steps, model_folder, data, monkeypatch):
     """At the switch and nowhere else: moments that begin anew in every step would be a third algorithm."""
-    optimizers = []
-    real_init = Optimizer.__init__
-
-    def init(optimizer, *rest):
-        optimizers.append(optimizer)
-        real_init(optimizer, *rest)
-
-    monkeypatch.setattr(Optimizer, "__init__", init)
+    optimizers = optimizers_of(monkeypatch)
     watch(bupo, internal(model_folder, data, internal_steps=2, max_steps=3, internal_reset=reset))
     used = optimizers[-1].state_dict()
     assert used["model.embed_tokens.weight"]["adam"]["state"][0]["step"] == steps
