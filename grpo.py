@@ -33,8 +33,8 @@ from plumbing.options import RunArgs, option, parse
 EMBEDDED = dict(
     system_prompt="",
     max_steps=60,
-    num_prompts=16,
-    num_generations=16,
+    num_prompts=32,
+    num_generations=4,
     num_minibatches=4,
     learning_rate=2e-4,
     max_completion_length=64,

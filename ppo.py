@@ -37,7 +37,7 @@ from plumbing.options import RunArgs, option, parse
 EMBEDDED = dict(
     system_prompt="",
     max_steps=60,
-    num_prompts=64,
+    num_prompts=32,
     num_generations=4,
     num_minibatches=4,
     learning_rate=2e-4,

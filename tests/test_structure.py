@@ -245,7 +245,7 @@ LEFT_OUT = {
     "bupo.py": 7,
     "em.py": 88,
     "opo.py": 73,
-    "ppo.py": 40,
+    "ppo.py": 38,
     "variants/cispo.py": 10,
     "variants/dapo.py": 7,
     "variants/gspo.py": 8,
