@@ -3,13 +3,11 @@
 Four ways to run one step of imitation and one of sampling at the embedded model's size take turns, each in a process
 of its own, since OpenMP reads its settings once:
 
-    one thread      nobody waits
-    two, patient    what the scripts take for a small model: a thread that waits asks a thousand times whether there is
-                    work (GOMP_SPINCOUNT=1000), and then sleeps; larger models have a thread for every core, as patient
+    one thread      nobody waits: what the scripts take for a small model, unless they imitate
+    two, patient    what sft.py takes for a small model: a thread that waits asks ten thousand times whether there is
+                    work (GOMP_SPINCOUNT), and then sleeps; larger models have a thread for every core, as patient
     all, asleep     a thread for every core; those that wait sleep at once (OMP_WAIT_POLICY=PASSIVE)
     all, spinning   the same as torch comes: those that wait ask on and on
-
-Beside wall time stands processor time: other work on the machine changes it little.
 
     python benchmarks/threads.py                     # minutes, most of them for the spinning threads
     python benchmarks/threads.py --steps 3 --rounds 1
@@ -26,7 +24,7 @@ import time
 
 WAYS = {
     "one thread": dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"),
-    "two, patient": dict(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000"),
+    "two, patient": dict(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="10000"),
     "all, asleep": dict(OMP_NUM_THREADS=str(os.cpu_count()), OMP_WAIT_POLICY="PASSIVE"),
     "all, spinning": dict(OMP_NUM_THREADS=str(os.cpu_count())),
 }
@@ -34,7 +32,7 @@ BUSY = "while True: pass"  # what a busy process does
 
 
 def worker(steps):
-    """Print seconds and processor seconds of every step, as JSON."""
+    """Print the seconds of every step, of imitation and of sampling, as JSON."""
     sys.path[0] = os.path.dirname(sys.path[0])  # imports start at the root of the repository
     import common
     from benchmarks.models import EMBEDDED, blank_tokenizer, random_model, random_rollouts
@@ -42,26 +40,28 @@ def worker(steps):
     model = random_model(EMBEDDED)
     lengths = [random.Random(row).choice([8, 40]) for row in range(32)]  # a guess, and steps
     batch = random_rollouts(EMBEDDED.vocab_size, [13] * 32, lengths)
-    prompts = [list(range(1, 14))] * 16
+    prompts = [list(range(1, 14))] * 32
 
-    def step():
+    def imitate():
         logps, _ = common.completion_logps(model, batch, list(range(32)), 1.0)
         (-(logps * batch.mask).sum()).backward()
         model.zero_grad()
-        common.sample(model, blank_tokenizer(), prompts, 16, max_completion_length=6)
 
-    step()  # the first one allocates
-    times = []
-    for _ in range(steps):
-        wall = time.perf_counter()
-        processor = time.process_time()
-        step()
-        times.append((time.perf_counter() - wall, time.process_time() - processor))
-    print(json.dumps(times))
+    def sample():
+        common.sample(model, blank_tokenizer(), prompts, 4, max_completion_length=16)
+
+    def seconds_of(work):
+        before = time.perf_counter()
+        work()
+        return time.perf_counter() - before
+
+    imitate()  # the first of each allocates
+    sample()
+    print(json.dumps([[seconds_of(imitate), seconds_of(sample)] for _ in range(steps)]))
 
 
 def measure(way, steps):
-    """(seconds, processor seconds) of every step, in a process with this way's settings."""
+    """(seconds of imitation, seconds of sampling) of every step, in a process with this way's settings."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     command = [sys.executable, __file__, "--worker", str(steps)]
     done = subprocess.run(command, env=environment | WAYS[way], capture_output=True, text=True)
@@ -71,14 +71,14 @@ def measure(way, steps):
 
 
 def medians(rounds, steps, busy):
-    """way -> (median seconds, median processor seconds) of a step, while `busy` processes do nothing, all the time."""
+    """way -> median seconds of a step of imitation and of one of sampling, while `busy` processes spin all the time."""
     others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
     times = {way: [] for way in WAYS}
     try:
         for _ in range(rounds):
             for way in WAYS:
                 pairs = measure(way, steps)
-                print(f"  {busy} busy, {way}: {', '.join(f'{wall:.2f}' for wall, _ in pairs)} s", flush=True)
+                print(f"  {busy} busy, {way}: {', '.join(f'{i:.2f}+{s:.2f}' for i, s in pairs)} s", flush=True)
                 times[way] += pairs
     finally:
         for other in others:
@@ -86,19 +86,19 @@ def medians(rounds, steps, busy):
             other.wait()
     found = {}
     for way, pairs in times.items():
-        walls, processors = zip(*pairs)
-        found[way] = statistics.median(walls), statistics.median(processors)
+        imitation, sampling = zip(*pairs)
+        found[way] = statistics.median(imitation), statistics.median(sampling)
     return found
 
 
 def report(alone, beside):
-    """Lines of the table: seconds and processor seconds of a step, how much slower it got, and against one thread."""
-    lines = [f"{'':15}{'alone':>8}{'CPU':>8}{'beside':>9}{'CPU':>8}{'slower':>9}{'against one thread':>20}"]
-    for way in WAYS:
-        slower = beside[way][0] / alone[way][0]
-        against = f"{alone[way][0] / alone['one thread'][0]:.2f}, {beside[way][0] / beside['one thread'][0]:.2f}"
-        seconds = f"{alone[way][0]:8.2f}{alone[way][1]:8.2f}{beside[way][0]:9.2f}{beside[way][1]:8.2f}"
-        lines.append(f"{way:15}{seconds}{slower:9.2f}{against:>20}")
+    """Lines of a table for each kind of step: seconds alone, beside busy processes, and how much slower that is."""
+    lines = []
+    for kind, name in enumerate(("imitation", "sampling")):
+        lines.append(f"{name:15}{'alone':>8}{'beside':>9}{'slower':>9}")
+        for way in WAYS:
+            slower = beside[way][kind] / alone[way][kind]
+            lines.append(f"{way:15}{alone[way][kind]:8.2f}{beside[way][kind]:9.2f}{slower:9.2f}")
     return lines
 
 

@@ -53,7 +53,7 @@ def select_rows(held, indices):
     if len(indices) <= B:
         columns = held.stride(1) // D
     with_reserve = held.as_strided((B, heads, columns, D), held.stride())
-    return with_reserve[indices][:, :, :T]
+    return with_reserve.index_select(0, indices)[:, :, :T]
 
 
 def growing_cache(model, room):

@@ -25,7 +25,7 @@ MUTANTS = [
         "if model.num_parameters() < SMALL:",
         "if model.num_parameters() > SMALL:",
         "test_plumbing_models.py",
-        "large models get two threads, small ones all: both the wrong way round",
+        "large models get one thread, small ones all: both the wrong way round",
     ),
     (
         "bookkeeping.py",
@@ -1352,6 +1352,13 @@ MUTANTS = [
         "the gradient of the expected reward is sixteen times too large",
     ),
     (
+        "sft.py",
+        "    spare_threads(model, most=2)  # nothing is sampled: the products are large enough for two\n",
+        "",
+        "test_sft_training.py",
+        "imitation takes one thread, and a third more time",
+    ),
+    (
         "benchmarks/threads.py",
         "environment | WAYS[way]",
         "os.environ | WAYS[way]",
@@ -1367,8 +1374,8 @@ MUTANTS = [
     ),
     (
         "benchmarks/threads.py",
-        "slower = beside[way][0] / alone[way][0]",
-        "slower = alone[way][0] / beside[way][0]",
+        "slower = beside[way][kind] / alone[way][kind]",
+        "slower = alone[way][kind] / beside[way][kind]",
         "test_benchmarks_threads.py",
         "the table says that busy processes make a step faster",
     ),

@@ -40,10 +40,9 @@ def test_the_benchmarks_embedded_model_is_the_one_that_is_built(tmp_path):
 
 
 def test_a_step_takes_time_in_a_process_of_its_own():
-    """One warm-up, and as many timed steps as were asked for; nothing can take more processor time than all cores."""
-    [(wall, processor)] = threads.measure("one thread", steps=1)
-    assert wall > 0
-    assert 0 < processor < 1.2 * wall
+    """One warm-up, and as many timed steps as were asked for."""
+    [(imitation, sampling)] = threads.measure("one thread", steps=1)
+    assert imitation > 0 and sampling > 0
 
 
 def test_every_way_has_its_own_settings(monkeypatch):
@@ -62,7 +61,7 @@ def test_every_way_has_its_own_settings(monkeypatch):
         assert threads.measure(way, steps=1) == [(2.0, 1.0)]
     one, patient, asleep, spinning = environments.values()
     assert (one["OMP_NUM_THREADS"], one["OMP_WAIT_POLICY"]) == ("1", "PASSIVE")
-    assert (patient["OMP_NUM_THREADS"], patient["GOMP_SPINCOUNT"]) == ("2", "1000")
+    assert (patient["OMP_NUM_THREADS"], patient["GOMP_SPINCOUNT"]) == ("2", "10000")
     assert "GOMP_SPINCOUNT" not in asleep
     assert asleep["OMP_WAIT_POLICY"] == "PASSIVE" and asleep["OMP_NUM_THREADS"] == spinning["OMP_NUM_THREADS"] != "7"
     assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(spinning)
@@ -93,12 +92,15 @@ def test_busy_processes_are_there_while_it_is_measured_and_gone_afterwards(monke
 
 
 def test_the_table_by_hand():
-    """Slower: the time beside others over the time alone. Against one thread: both times over its own."""
-    alone = dict(zip(threads.WAYS, [(1.0, 1.0), (0.9, 1.1), (0.8, 1.2), (0.5, 1.0)]))
-    beside = dict(zip(threads.WAYS, [(2.0, 1.0), (1.8, 1.1), (2.4, 1.2), (4.0, 3.0)]))
+    """Slower: the time beside others over the time alone, of imitation and of sampling each."""
+    alone = dict(zip(threads.WAYS, [(1.0, 2.0), (0.9, 1.1), (0.8, 1.2), (0.5, 1.0)]))
+    beside = dict(zip(threads.WAYS, [(2.0, 2.0), (1.8, 1.1), (2.4, 1.2), (4.0, 3.0)]))
     rows = [line.split() for line in threads.report(alone, beside)]
-    assert rows[1][2:] == ["1.00", "1.00", "2.00", "1.00", "2.00", "1.00,", "1.00"]
-    assert rows[4][2:] == ["0.50", "1.00", "4.00", "3.00", "8.00", "0.50,", "2.00"]
+    assert len(rows) == 2 * (1 + len(threads.WAYS))
+    assert rows[1][2:] == ["1.00", "2.00", "2.00"]  # one thread imitates
+    assert rows[4][2:] == ["0.50", "4.00", "8.00"]
+    assert rows[6][2:] == ["2.00", "2.00", "1.00"]  # one thread samples
+    assert rows[9][2:] == ["1.00", "3.00", "3.00"]
 
 
 def test_a_process_that_fails_is_told(monkeypatch):

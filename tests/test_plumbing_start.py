@@ -62,7 +62,7 @@ OF_OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 @pytest.mark.parametrize(
     "own, expected",
     [
-        ({}, ["PASSIVE", "1000"]),
+        ({}, ["PASSIVE", "10000"]),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", None]),
         ({"GOMP_SPINCOUNT": "7"}, [None, "7"]),
     ],
