@@ -79,7 +79,7 @@ def end_quietly(number, frame):
 def wait_asleep():
     """Threads of torch that wait for more than a moment shall sleep: on a busy machine, one that spins takes the core
     from the one it waits for. A moment is ten thousand looks, half a millisecond or so: the next product of a small
-    model mostly comes within it. OpenMP reads this once, while torch is imported; whoever has set any of it keeps it."""
+    model mostly comes within it. OpenMP reads this once, while torch is imported; who has set any of it keeps it."""
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -78,7 +78,7 @@ def test_what_is_imitated_becomes_likelier(model_folder, batches):
 
 
 def test_a_small_model_imitates_on_two_threads(model_folder, monkeypatch):
-    """One is what it has been loaded for, since sampling gains nothing from a second; the build takes a third longer."""
+    """It has been loaded for one, since sampling gains nothing from a second; on one the build takes a third longer."""
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.delenv("OMP_NUM_THREADS")
