@@ -40,7 +40,6 @@ import common
 import tasks
 from plumbing import distributed
 from plumbing.errors import UserError, one_line_errors
-from plumbing.models import spare_threads
 from plumbing.options import EMBEDDED_MODEL, RunArgs, option, parse
 from plumbing.runs import step_of
 from tasks.behaviours import BEHAVIOURS
@@ -367,7 +366,6 @@ def main(args):
     run.exit_if_finished()
     trajectories = load_trajectories(args.data, args.system_prompt, args.problems, args.direct)
     model, tokenizer, optimizer = run.load(trajectories)
-    spare_threads(model, most=2)  # nothing is sampled: the products are large enough for two
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {args.model}: its tokenizer has no eos_token to end a trajectory with; set one")
     run.problems = drop_long(tokenizer, run.problems, args)

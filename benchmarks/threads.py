@@ -3,10 +3,10 @@
 Four ways to run one step of imitation and one of sampling at the embedded model's size take turns, each in a process
 of its own, since OpenMP reads its settings once:
 
-    one thread      nobody waits: what the scripts take for a small model, unless they imitate
-    two, patient    what sft.py takes for a small model: a thread that waits asks ten thousand times whether there is
-                    work (GOMP_SPINCOUNT), and then sleeps; larger models have a thread for every core, as patient
-    all, asleep     a thread for every core; those that wait sleep at once (OMP_WAIT_POLICY=PASSIVE)
+    one thread      what the scripts take for a small model
+    two, patient    two, and one that waits asks ten thousand times whether there is work (GOMP_SPINCOUNT), then sleeps
+    all, asleep     a thread for every core; those that wait sleep (OMP_WAIT_POLICY=PASSIVE), what the scripts take for
+                    larger models
     all, spinning   the same as torch comes: those that wait ask on and on
 
     python benchmarks/threads.py                     # minutes, most of them for the spinning threads

@@ -25,8 +25,8 @@ LISTED = 9  # of many faulty problems, so many are named
 
 TEMPLATE_SECONDS = 10  # that a chat template may take for one prompt: it is a program, and may loop
 
-# Parameters, below which a model on the CPU is small: a product is over before many threads have begun, and while
-# sampling before a second one has. `python benchmarks/threads.py` measures both; the limit itself is a guess.
+# Parameters, below which a model on the CPU runs on one thread: a product is over before a second thread has begun. The
+# number is a guess; `python benchmarks/threads.py` compares the ways to run the embedded size.
 SMALL = 2 * 10**6
 
 # Kinds of blocks that the sampler's cache can serve. Others, as in hybrids with linear attention, keep a state instead.
@@ -90,14 +90,13 @@ def read_model(path, device, dtype):
     return model.eval(), tokenizer
 
 
-def spare_threads(model, most=1):
-    """Let torch use `most` threads from here on, if the model is small and on the CPU. So a busy machine, and one of
-    many cores, do not slow it down, and its numbers do not depend on the number of cores. OMP_NUM_THREADS, if set,
-    rules."""
+def spare_threads(model):
+    """Let torch use one thread from here on, if the model is small and on the CPU. So a busy machine, and one of many
+    cores, do not slow it down, and its numbers do not depend on the number of cores. OMP_NUM_THREADS, if set, rules."""
     if "OMP_NUM_THREADS" in os.environ or model.device.type != "cpu":
         return
     if model.num_parameters() < SMALL:
-        torch.set_num_threads(most)
+        torch.set_num_threads(1)
 
 
 def load_critic(args):

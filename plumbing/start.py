@@ -1,5 +1,5 @@
 """The first second of a script: --help answers before torch is loaded, Ctrl-C ends in one line meanwhile, and torch's
-threads are told to sleep where they have to wait for long.
+threads are told to sleep while they wait.
 
 Every script imports this file first. Loading torch and transformers takes seconds, and for its help a script needs
 neither: its options depend on its constants, on its class Args and on functions that no library is called in.
@@ -77,13 +77,9 @@ def end_quietly(number, frame):
 
 
 def wait_asleep():
-    """Threads of torch that wait for more than a moment shall sleep: on a busy machine, one that spins takes the core
-    from the one it waits for. A moment is ten thousand looks, half a millisecond or so: the next product of a small
-    model mostly comes within it. OpenMP reads this once, while torch is imported; who has set any of it keeps it."""
-    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        return
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ["GOMP_SPINCOUNT"] = "10000"  # read by GNU's OpenMP alone, which torch has on Linux
+    """Threads of torch that have nothing to do shall sleep, not spin: on a busy machine, one that spins takes the core
+    from the one it waits for. OpenMP reads this once, while torch is imported; whoever has set it keeps it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 if running_script():

@@ -8,8 +8,8 @@ MUTANTS = [
     # threads and the speedrun
     (
         "plumbing/start.py",
-        '    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):\n        return\n',
-        "",
+        'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")',
+        'os.environ["OMP_WAIT_POLICY"] = "PASSIVE"',
         "test_plumbing_start.py",
         "a user who lets threads spin on a machine of his own is overruled",
     ),
@@ -1350,13 +1350,6 @@ MUTANTS = [
         "(long - short) ** 2",
         "test_benchmarks_lengths.py",
         "the gradient of the expected reward is sixteen times too large",
-    ),
-    (
-        "sft.py",
-        "    spare_threads(model, most=2)  # nothing is sampled: the products are large enough for two\n",
-        "",
-        "test_sft_training.py",
-        "imitation takes one thread, and a third more time",
     ),
     (
         "benchmarks/threads.py",

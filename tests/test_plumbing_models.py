@@ -310,7 +310,7 @@ def test_the_code_in_a_model_folder_never_runs(tmp_path, monkeypatch):
     ids=["small", "large", "OMP_NUM_THREADS"],
 )
 def test_a_small_model_takes_one_thread_unless_the_user_says_otherwise(own, hidden_size, expected, monkeypatch):
-    """A second thread makes sampling no faster, and on a busy machine each step waits for it."""
+    """A second thread makes its products no faster, and on a busy machine each step waits for it."""
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -2,7 +2,6 @@
 
 import objectives
 import pytest
-import torch
 from helpers import arguments
 from objectives import assert_same_gradients, gradients_of, masked_average, textbook
 
@@ -75,12 +74,3 @@ def test_what_is_imitated_becomes_likelier(model_folder, batches):
     sft.main(imitation(model_folder, learning_rate=1e-3, max_steps=4))
     change, _ = objectives.log_prob_changes(model_folder, "run", batches[0])
     assert change.sum() > 0
-
-
-def test_a_small_model_imitates_on_two_threads(model_folder, monkeypatch):
-    """It has been loaded for one, since sampling gains nothing from a second; on one the build takes a third longer."""
-    chosen = []
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    sft.main(imitation(model_folder))
-    assert chosen == [1, 2]
