@@ -383,7 +383,7 @@ MUTANTS = [
     ),
     (
         "bupo.py",
-        "[] if internal else live",
+        "[] if policy else live",
         "live",
         "test_bupo.py",
         "phase one reports a gap between sampler and trainer, which train different policies on purpose",
