@@ -17,6 +17,7 @@ can be skipped. A script's main calls it in this order, and every call does what
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -149,7 +150,9 @@ class Run:
     def compare_options(self):
         """Raise UserError if the run in the folder was started by another script or with other options than these. What
         else may have changed with the machine is named on stderr."""
-        before = read_json(self.folder / "args.json")
+        # An option that is newer than the run is missing in its file: its default does what was done before it came.
+        defaults = {field.name: field.default for field in dataclasses.fields(self.args)}
+        before = defaults | read_json(self.folder / "args.json")
         now = dict(script=script_of(self.args), **vars(self.args))
         remedy = "repeat its command, --overwrite it, or take another --output_dir"
         for name, value in now.items():

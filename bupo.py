@@ -10,8 +10,7 @@ Against grpo.py:
 - two options: which block (--internal_layer, 0-based: the paper's layer k + 1), for how many steps (--internal_steps)
 - the forward pass ends at block k: the blocks above get no gradient, nor the final norm without --internal_norm
 - phase one logs no log-prob gap: the samples are pi's, and the ratio compares pi_k with itself before the update
-- two controls: is it the objective of phase one, or which weights move (--internal_objective whole)? Is it that the
-  optimizer's moments come from another objective (--internal_reset)?
+- two controls: is it which weights move (--internal_objective whole), is it the carried moments (--internal_reset)?
 
     python bupo.py                                           # embedded model, no GPU, no network: minutes
     python bupo.py --internal_steps 60 --output_dir runs/bupo_all    # phase one for ever: the paper's collapse
@@ -140,7 +139,11 @@ def main(args):
         layer = auto_layer(args)
     model, tokenizer, optimizer = run.load()
     layer = block_number(model, layer, args)
-    print(f"block {layer}'s policy is trained until step {args.internal_steps} of {args.max_steps}, then the whole one")
+    until = f"until step {args.internal_steps} of {args.max_steps}"
+    if args.internal_objective == "internal":
+        print(f"block {layer}'s policy is trained {until}, then the whole one")
+    else:
+        print(f"only what block {layer}'s policy depends on moves {until}")
     reference = None
     if args.beta > 0:
         reference, _ = load_model(args.model, args.device, args.dtype)
@@ -149,7 +152,7 @@ def main(args):
     run.evaluate(0)
 
     for step, problems in run.steps():  # the next P problems of --data, shuffled; problem.ids: the tokens of its prompt
-        # Whose policy is trained at this step: block k's first, then the whole one. The optimizer carries over.
+        # Whose policy is trained at this step: block k's first, then the whole one. The optimizer's moments carry over.
         internal = step <= args.internal_steps
         policy = {}
         if internal and args.internal_objective == "internal":
@@ -213,7 +216,7 @@ def main(args):
                 sums.update(trained_logp=(old_logps[rows] * mask).sum().item())
             if batches:
                 if internal and not policy:
-                    drop_gradients_above(model, layer)
+                    drop_gradients_above(model, layer, args.internal_norm)
                 optimizer.step()
         run.lap("update")
 

@@ -74,6 +74,8 @@ def main():
     parser.add_argument("--ratios", nargs="+", type=float, default=[1, 2, 4], help="length of long answers over short")
     parser.add_argument("--right", nargs=2, type=float, default=[0.3, 0.7], help="chances of a short, of a long answer")
     args = parser.parse_args()
+    if not 1 <= min(args.ratios) <= max(args.ratios) <= SHORT:
+        parser.error(f"--ratios: from 1 to {SHORT}; beyond, a surer long answer has less gradient than its first token")
     rows = [["tokens", *(f"{ratio:g}x as long" for ratio in args.ratios)]]
     for name, growth in WORLDS.items():
         cells = []

@@ -77,10 +77,13 @@ def block_number(model, layer, args):
     return layer
 
 
-def drop_gradients_above(model, layer):
-    """Forget the gradients of the blocks above `layer` and of the final norm, so that the optimizer leaves them as they
-    are: what moves is what the raw policy of this block depends on."""
+def drop_gradients_above(model, layer, norm):
+    """Forget the gradients of what the policy of block `layer` does not depend on, so that the optimizer leaves it as
+    it is: the blocks above, and the final norm unless the policy is the normed one (`norm`)."""
     backbone = backbone_of(model)
-    for part in (*backbone.layers[layer + 1 :], backbone.norm):
+    above = list(backbone.layers[layer + 1 :])
+    if not norm:
+        above.append(backbone.norm)
+    for part in above:
         for parameter in part.parameters():
             parameter.grad = None

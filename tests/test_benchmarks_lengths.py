@@ -49,13 +49,29 @@ def test_variances_by_hand():
 
 
 @pytest.mark.parametrize("right", [(0.3, 0.7), (0.7, 0.3)])
-def test_it_wins_where_its_assumption_holds_and_nowhere_else(right):
-    """The verdict of the page, whichever kind is right more often; with equal lengths nothing is weighted."""
+def test_it_wins_in_the_first_of_the_three_worlds(right):
+    """The table's verdict, whichever kind is right more often; with equal lengths nothing is weighted."""
     for name, growth in lengths.WORLDS.items():
         assert lengths.relative_variances(1, growth(1), right) == pytest.approx((1, 1))
         weighted, optimum = lengths.relative_variances(4, growth(4), right)
         assert optimum <= weighted + 1e-12
         assert (weighted < 1) == (name == "equally sure")
+
+
+def test_where_it_breaks_even_by_hand():
+    """Four times as long: b = 0.5 and 0.62. From one to the other a short answer loses 0.3 * (0.12 * 0.88) - 0.7 *
+    (0.12 * 1.12) and a long one gains 0.7 * (0.12 * 0.88) - 0.3 * (0.12 * 1.12): as 0.0624 to 0.0336, or 1.857."""
+    short = 0.7 * (0.62**2 - 0.5**2) - 0.3 * (0.5**2 - 0.38**2)
+    long = 0.7 * (0.5**2 - 0.38**2) - 0.3 * (0.62**2 - 0.5**2)
+    assert short / long == pytest.approx(1.857, abs=1e-3)
+    assert lengths.relative_variances(4, 1.85, (0.3, 0.7))[0] > 1 > lengths.relative_variances(4, 1.87, (0.3, 0.7))[0]
+
+
+def test_ratios_beyond_the_worlds_are_refused(monkeypatch):
+    """A long answer that guesses at nothing would have a smaller gradient than the one token that chose its kind."""
+    monkeypatch.setattr("sys.argv", ["lengths.py", "--ratios", "16"])
+    with pytest.raises(SystemExit):
+        lengths.main()
 
 
 def test_the_table_has_a_row_for_every_world(monkeypatch, capsys):

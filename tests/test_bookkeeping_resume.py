@@ -22,6 +22,7 @@ import common
 import grpo
 import sft
 from plumbing import figures
+from plumbing.errors import UserError
 from plumbing.runs import step_of
 
 
@@ -258,6 +259,18 @@ def test_bookkeeping_options_may_change(args_for):
     records = [record for record in read_jsonl("cut/metrics.jsonl") if "reward" in record]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert json.loads(Path("cut/args.json").read_text())["max_steps"] == 5
+
+
+def test_a_run_from_before_an_option_came_goes_on(args_for, whole):
+    """A new option must not make strangers of all runs that lie on the users' disks."""
+    interrupt(grpo, args_for(grpo), 2)
+    saved = json.loads(Path("cut/args.json").read_text())
+    del saved["lr_below"]
+    Path("cut/args.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="--lr_below '1:0.5'"):
+        grpo.main(args_for(grpo, lr_below="1:0.5"))
+    grpo.main(args_for(grpo))
+    assert_same_run("cut", whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

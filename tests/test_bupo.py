@@ -151,18 +151,21 @@ def test_phase_one_leaves_what_lies_above_the_block(model_folder, data):
         assert torch.equal(tensor, trained[name]) == above, name
 
 
-def test_the_control_moves_the_same_weights_for_the_whole_policy(model_folder, data):
+@pytest.mark.parametrize("norm", [False, True], ids=["raw", "normed"])
+def test_the_control_moves_the_same_weights_for_the_whole_policy(norm, model_folder, data, capsys):
     """--internal_objective whole: the gradient is the whole policy's, of the weights that block k's policy depends on.
     With one block more it would be no control; and phase two must train everything."""
-    seen = watch(bupo, internal(model_folder, data, internal_objective="whole", max_steps=2))
+    settings = dict(internal_objective="whole", internal_norm=norm, max_steps=2)
+    seen = watch(bupo, internal(model_folder, data, **settings))
+    assert "only what block 1's policy depends on moves until step 1 of 2" in capsys.readouterr().out
     rollouts = seen.rollouts[0]
     A = bupo.advantages(GIVEN, rollouts.lengths.view(4, 4)).view(-1, 1)
     model, logps, _, mask = textbook(model_folder, rollouts, 1.0)
     masked_average(-A * logps, mask).backward()
-    expected = {}
-    for name, gradient in gradients_of(model).items():
-        if not name.startswith(("model.layers.2.", "model.norm.")):
-            expected[name] = gradient
+    expected = gradients_of(model)
+    for name in list(expected):
+        if name.startswith("model.layers.2.") or (name.startswith("model.norm.") and not norm):
+            del expected[name]
     assert_same_gradients(seen.gradients[0], expected, 1e-5)
     assert seen.gradients[1].keys() == dict(model.named_parameters()).keys()
     first, second = read_jsonl("run/metrics.jsonl")
@@ -199,11 +202,14 @@ def test_the_optimizer_is_carried_over_at_the_switch(model_folder, data, monkeyp
         assert steps == state["adam"]["state"][0]["step"] == (2 if name in seen.gradients[0] else 1), name
 
 
-@pytest.mark.parametrize("reset, steps", [(False, 3), (True, 1)], ids=["carried over", "begun anew"])
-def test_moments_begin_anew_where_asked_for(reset, steps, model_folder, data, monkeypatch):
-    """At the switch and nowhere else: moments that begin anew in every step would be a third algorithm."""
+@pytest.mark.parametrize("reset, steps", [(False, 4), (True, 2)], ids=["carried over", "begun anew"])
+@pytest.mark.parametrize("first", [2, 3, 4], ids=["resumed at the switch", "resumed behind it", "in one go"])
+def test_moments_begin_anew_where_asked_for(first, reset, steps, model_folder, data, monkeypatch):
+    """At the switch and nowhere else: moments that begin anew in every step, or once more in a run that is resumed,
+    would be a third algorithm."""
     optimizers = optimizers_of(monkeypatch)
-    watch(bupo, internal(model_folder, data, internal_steps=2, max_steps=3, internal_reset=reset))
+    for max_steps in sorted({first, 4}):
+        watch(bupo, internal(model_folder, data, internal_steps=2, max_steps=max_steps, internal_reset=reset))
     used = optimizers[-1].state_dict()
     assert used["model.embed_tokens.weight"]["adam"]["state"][0]["step"] == steps
 
