@@ -193,7 +193,7 @@ MUTANTS = [
     # bupo.py
     (
         "bupo.py",
-        "                if internal and not policy:\n                    drop_gradients_above(model, layer)\n",
+        "                if internal and not policy:\n                    drop_gradients_above(model, layer, args.internal_norm)\n",
         "",
         "test_bupo.py",
         "the control of phase one trains every weight: it is GRPO",

@@ -265,10 +265,10 @@ def test_a_run_from_before_an_option_came_goes_on(args_for, whole):
     """A new option must not make strangers of all runs that lie on the users' disks."""
     interrupt(grpo, args_for(grpo), 2)
     saved = json.loads(Path("cut/args.json").read_text())
-    del saved["lr_below"]
+    del saved["delta"]
     Path("cut/args.json").write_text(json.dumps(saved))
-    with pytest.raises(UserError, match="--lr_below '1:0.5'"):
-        grpo.main(args_for(grpo, lr_below="1:0.5"))
+    with pytest.raises(UserError, match="--delta 5.0: the run in cut has 10.0"):
+        grpo.main(args_for(grpo, delta=5.0))
     grpo.main(args_for(grpo))
     assert_same_run("cut", whole)
 
