@@ -193,8 +193,8 @@ MUTANTS = [
     # bupo.py
     (
         "bupo.py",
-        "                if internal and not policy:\n                    drop_gradients_above(model, layer, args.internal_norm)\n",
-        "",
+        "                if internal and not policy:\n",
+        "                if False:\n",
         "test_bupo.py",
         "the control of phase one trains every weight: it is GRPO",
     ),
