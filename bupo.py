@@ -152,7 +152,7 @@ def main(args):
     run.evaluate(0)
 
     for step, problems in run.steps():  # the next P problems of --data, shuffled; problem.ids: the tokens of its prompt
-        # Whose policy is trained at this step: block k's first, then the whole one. The optimizer's moments carry over.
+        # Whose policy is trained at this step: block k's first, then the whole one. Moments carry over, unless reset.
         internal = step <= args.internal_steps
         policy = {}
         if internal and args.internal_objective == "internal":
