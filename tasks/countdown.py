@@ -347,5 +347,7 @@ def complete(problem, thinking, answer):
 
 
 def exercises():
-    """Every single step of countdown-small, as (prompt, completion)."""
-    return integers.single_steps(SIZES["countdown-small"].largest_number, "+-*")
+    """Every single step of countdown-small, as (prompt, completion). Steps backwards, from the target, are among them:
+    they divide, and go below 0."""
+    largest = SIZES["countdown-small"].largest_number
+    return integers.single_steps(largest, "+-*/", lowest=1 - largest)

@@ -2044,10 +2044,24 @@ MUTANTS = [
     ),
     (
         "tasks/integers.py",
-        "if 0 <= value <= 99:",
+        "if lowest <= value <= 99:",
         "if value <= 99:",
         "test_tasks_solvers.py",
         "exercises have results below 0, which no chain has",
+    ),
+    (
+        "tasks/integers.py",
+        'if sign == "/" and x % y:',
+        "if False:",
+        "test_tasks_solvers.py",
+        "an exercise teaches that 7/2 is 0",
+    ),
+    (
+        "tasks/countdown.py",
+        '"+-*/", lowest=1 - largest)',
+        '"+-*/")',
+        "test_tasks_solvers.py",
+        "a base that has never seen a number below 0 works backwards wrongly",
     ),
     # plumbing/figures.py
     (

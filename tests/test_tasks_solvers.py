@@ -219,10 +219,20 @@ def test_exercises_are_right(data):
     """One step each, and the answer; with every number that a problem may hold, the largest among them."""
     second_numbers = set()
     for prompt, response in tasks.built_in()[data].exercises():
-        step, answer = re.fullmatch(r"(.+);\\boxed\{(\d+)\}", response).groups()
+        step, answer = re.fullmatch(r"(.+);\\boxed\{(-?\d+)\}", response).groups()
         assert step == prompt + answer and value(prompt.rstrip("=")) == int(answer) <= 99
         second_numbers.add(int(re.search(r"(\d+)=", prompt).group(1)))
     assert second_numbers == set(range(1, 10))
+
+
+@pytest.mark.parametrize("data, lowest, signs", [("arithmetic", 0, "+-"), ("countdown-small", -8, "+-*/")])
+def test_exercises_hold_every_step_that_a_solver_writes(data, lowest, signs):
+    """Working backwards from a small target goes below 0, and divides. A base that has never seen such a step gets half
+    of them wrong after priming, and what looks like a failed behaviour is failed arithmetic."""
+    exercises = tasks.built_in()[data].exercises()
+    answers = [int(re.search(r"boxed\{(-?\d+)", response).group(1)) for _, response in exercises]
+    assert min(answers) == lowest
+    assert {sign for sign in "+-*/" if any(sign in prompt[1:] for prompt, _ in exercises)} == set(signs)
 
 
 def test_working_backwards_begins_at_the_end_of_the_chain():
