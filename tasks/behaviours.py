@@ -5,7 +5,7 @@ The scripted solvers of the tasks think in a notation of their own, in which the
 although each character is a token. It is written and counted here and nowhere else:
 
     7+15=22         a step: one operation and its result         no behaviour
-    (8*5)-3=37      an attempt: several operations at once       no behaviour
+    (8*5)-3=40-3=37 an attempt, one operation at a time          no behaviour
     @8*5;           a part that is to be made first              subgoal setting
     ?22-15=7        a check: of the step before, by its inverse operation
     ?37=24          a check in Countdown: is 37 the target 24?   both: verification
@@ -39,6 +39,11 @@ def step(expression, value):
     return f"{expression}={value}"
 
 
+def attempt(stages):
+    """['(8*5)-3', '40-3', '37'] -> '(8*5)-3=40-3=37'."""
+    return "=".join(stages)
+
+
 def check(expression, value):
     """'22-15', 7 -> '?22-15=7'."""
     return f"?{expression}={value}"
@@ -60,8 +65,13 @@ def backward_step(expression, value):
 
 
 def say_step(expression, value):
-    """'(8*5)-3', 37 -> '(8*5)-3 = 37. '."""
+    """'8*5', 40 -> '8*5 = 40. '."""
     return f"{expression} = {value}. "
+
+
+def say_attempt(stages):
+    """['(8*5)-3', '40-3', '37'] -> '(8*5)-3 = 40-3 = 37. '."""
+    return " = ".join(stages) + ". "
 
 
 def say_check(value, target):
@@ -86,13 +96,14 @@ class Writer:
     kept: str  # behind a step that is kept
     dropped: str  # behind a step that is dropped
     step: Callable
+    attempt: Callable
     check: Callable
     subgoal: Callable
     backward_step: Callable
 
 
-NOTATION_WRITER = Writer(KEPT, DROPPED, step, check, subgoal, backward_step)
-ENGLISH_WRITER = Writer("", "That is a dead end. ", say_step, say_check, say_subgoal, say_backward_step)
+NOTATION_WRITER = Writer(KEPT, DROPPED, step, attempt, check, subgoal, backward_step)
+ENGLISH_WRITER = Writer("", "That is a dead end. ", say_step, say_attempt, say_check, say_subgoal, say_backward_step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

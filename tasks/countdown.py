@@ -283,7 +283,8 @@ def failed_attempt(problem, generator):
 
 
 def write_attempt(expression, target, behaviours, writer):
-    """The thinking about one expression: with its steps or its value, a check, or backwards, as `behaviours` say.
+    """The thinking about one expression: worked out, with a check, a part named first, or backwards, as `behaviours`
+    say. Always one operation at a time, which a base can calculate.
 
     writer: how it is worded, NOTATION_WRITER or ENGLISH_WRITER.
     """
@@ -303,7 +304,7 @@ def write_attempt(expression, target, behaviours, writer):
     if undone or "subgoal_setting" in behaviours:
         text += writer.kept.join(writer.step(part, result) for part, result in steps)
     else:
-        text += writer.step(expression, value)
+        text += writer.attempt(stages_of(expression, steps))
     if "verification" in behaviours:
         text += writer.check(value, goal)
     return text
@@ -318,6 +319,16 @@ def steps_of(node):
     sign = SIGNS[type(node.op)]
     value = calculate(x, sign, y)
     return value, left_steps + right_steps + [(f"{x}{sign}{y}", value)]
+
+
+def stages_of(expression, steps):
+    """'(8*5)-3' and its steps -> ['(8*5)-3', '40-3', '37']: every operation replaced by its value, one after another."""
+    stages = [expression]
+    for part, value in steps[:-1]:
+        expression = expression.replace(f"({part})", str(value), 1)
+        stages.append(expression)
+    _, result = steps[-1]
+    return [*stages, str(result)]
 
 
 def undo_last(node, target):

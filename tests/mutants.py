@@ -2058,6 +2058,13 @@ MUTANTS = [
     ),
     (
         "tasks/countdown.py",
+        "for part, value in steps[:-1]:",
+        "for part, value in steps[:0]:",
+        "test_tasks_solvers.py",
+        "an attempt is worked out in one go, which no small base can do",
+    ),
+    (
+        "tasks/countdown.py",
         '"+-*/", lowest=1 - largest)',
         '"+-*/")',
         "test_tasks_solvers.py",
