@@ -216,6 +216,7 @@ def evaluate(node):
 RIGHT_GUESSES = 0.3  # of the teacher
 GIVES_UP = 0.15  # after a failed attempt the solver's search ends so often
 MOST_ATTEMPTS = 8  # of one search, so that it stays below 256 tokens
+EXPRESSIONS = 700  # among the exercises
 
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
@@ -358,7 +359,14 @@ def complete(problem, thinking, answer):
 
 
 def exercises():
-    """Every single step of countdown-small, as (prompt, completion). Steps backwards, from the target, are among them:
-    they divide, and go below 0."""
-    largest = SIZES["countdown-small"].largest_number
-    return integers.single_steps(largest, "+-*/", lowest=1 - largest)
+    """Every single step of countdown-small, and random expressions worked out, as (prompt, completion): a model that
+    knows these can calculate. Steps backwards, from the target, are among them: they divide, and go below 0."""
+    size = SIZES["countdown-small"]
+    generator = random.Random("countdown exercises")
+    found = integers.single_steps(size.largest_number, "+-*/", lowest=1 - size.largest_number)
+    for _ in range(EXPRESSIONS):
+        value, expression = combine(random_numbers(size, generator), generator, size.signs)
+        _, steps = steps_of(ast.parse(expression, mode="eval").body)
+        worked_out = NOTATION_WRITER.attempt(stages_of(expression, steps)) + NOTATION_WRITER.kept
+        found.append((f"{expression}=", worked_out + boxed(value)))
+    return found

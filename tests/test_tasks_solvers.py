@@ -239,12 +239,16 @@ def test_the_teacher_of_countdown_answers_at_once():
 
 @EMBEDDED_TASKS
 def test_exercises_are_right(data):
-    """One step each, and the answer; with every number that a problem may hold, the largest among them."""
+    """One operation after another, and the answer; with every number that a problem may hold, the largest among them."""
     second_numbers = set()
     for prompt, response in tasks.built_in()[data].exercises():
-        step, answer = re.fullmatch(r"(.+);\\boxed\{(-?\d+)\}", response).groups()
-        assert step == prompt + answer and value(prompt.rstrip("=")) == int(answer) <= 99
-        second_numbers.add(int(re.search(r"(\d+)=", prompt).group(1)))
+        steps, answer = re.fullmatch(r"(.+);\\boxed\{(-?\d+)\}", response).groups()
+        stages = steps.split("=")
+        assert f"{stages[0]}=" == prompt and stages[-1] == answer
+        assert {value(stage) for stage in stages} == {int(answer)}
+        if len(stages) == 2:
+            assert int(answer) <= 99
+            second_numbers.add(int(re.search(r"(\d+)=", prompt).group(1)))
     assert second_numbers == set(range(1, 10))
 
 
@@ -256,6 +260,8 @@ def test_exercises_hold_every_step_that_a_solver_writes(data, lowest, signs):
     answers = [int(re.search(r"boxed\{(-?\d+)", response).group(1)) for _, response in exercises]
     assert min(answers) == lowest
     assert {sign for sign in "+-*/" if any(sign in prompt[1:] for prompt, _ in exercises)} == set(signs)
+    in_parentheses = sum("(" in prompt for prompt, _ in exercises)
+    assert in_parentheses == (countdown.EXPRESSIONS if data == "countdown-small" else 0)
 
 
 def test_working_backwards_begins_at_the_end_of_the_chain():
