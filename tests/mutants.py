@@ -2065,7 +2065,21 @@ MUTANTS = [
     ),
     (
         "tasks/countdown.py",
-        '"+-*/", lowest=1 - largest)',
+        "for _ in range(EXPRESSIONS):",
+        "for _ in range(0):",
+        "test_tasks_solvers.py",
+        "the base has never seen two operations in one expression",
+    ),
+    (
+        "benchmarks/step_times.py",
+        "found[command] / found[BASE]",
+        "found[command] / rounds[0][BASE]",
+        "test_benchmarks_step_times.py",
+        "a machine that slows down between two rounds is a difference between two scripts",
+    ),
+    (
+        "tasks/countdown.py",
+        '"+-*/", lowest=1 - size.largest_number)',
         '"+-*/")',
         "test_tasks_solvers.py",
         "a base that has never seen a number below 0 works backwards wrongly",
