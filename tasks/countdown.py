@@ -323,7 +323,7 @@ def steps_of(node):
 
 
 def stages_of(expression, steps):
-    """'(8*5)-3' and its steps -> ['(8*5)-3', '40-3', '37']: every operation replaced by its value, one after another."""
+    """'(8*5)-3' and its steps -> ['(8*5)-3', '40-3', '37']: one operation after another is replaced by its value."""
     stages = [expression]
     for part, value in steps[:-1]:
         expression = expression.replace(f"({part})", str(value), 1)

@@ -239,7 +239,7 @@ def test_the_teacher_of_countdown_answers_at_once():
 
 @EMBEDDED_TASKS
 def test_exercises_are_right(data):
-    """One operation after another, and the answer; with every number that a problem may hold, the largest among them."""
+    """One operation after another, and the answer; with every number that a problem may hold, also the largest."""
     second_numbers = set()
     for prompt, response in tasks.built_in()[data].exercises():
         steps, answer = re.fullmatch(r"(.+);\\boxed\{(-?\d+)\}", response).groups()
