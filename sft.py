@@ -69,7 +69,7 @@ class Args(RunArgs):
     learning_rate: float = option(
         1e-5, "AdamW peak step size; a tenth of the steps warms up, a cosine decays to 0", at_least=0
     )
-    direct: bool = option(False, "build a base that only answers at once: problems by guessing, single sums rightly")
+    direct: bool = option(False, "build a base that can calculate, and answers problems at once, by guessing")
     behaviours: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": f"prime with scripted trajectories that show any of {BEHAVIOURS}"}
     )
@@ -185,7 +185,7 @@ def ensure_embedded():
 # Trajectories
 # ---------------------------------------------------------------------------------------------------------------------
 
-DIRECT_PROBLEMS = 2048  # with --direct: about as many as there are exercises
+DIRECT_PROBLEMS = 2048  # with --direct, beside the exercises: 1,710 of arithmetic, 3,026 of Countdown
 
 
 @dataclass

@@ -4,8 +4,8 @@ In every round each command runs once, with the round as its seed, so that a mac
 A run counts with the median of its steps. The first two are left out, because they allocate; evaluations are left out,
 because they are no steps. Each ratio is to grpo.py's run of the same round.
 
-What is a step is what the script calls one. ppo.py trains a critic in it, and variants/dapo.py samples in it until
-enough prompts have a signal.
+What is a step is what the script calls one. These are the first dozen: bupo.py's are all of phase one, and
+variants/dapo.py hardly samples again yet, which it does the more the more prompts are solved.
 
     python benchmarks/step_times.py opo.py bupo.py ppo.py variants/gspo.py variants/cispo.py variants/dapo.py
     python benchmarks/step_times.py "grpo.py --num_minibatches 1" --rounds 5
@@ -39,16 +39,18 @@ def seconds_of(command, seed, steps):
     """Run a command for so many steps in a process of its own -> the median seconds of its steps."""
     script, *options = shlex.split(command)
     with tempfile.TemporaryDirectory() as folder:
-        fixed = f"--seed {seed} --max_steps {steps} --eval_steps 0 --save_steps 0 --output_dir {folder}/run".split()
+        fixed = f"--seed {seed} --max_steps {steps} --eval_steps 0 --save_steps 0".split()
+        fixed += ["--output_dir", f"{folder}/run"]
         done = subprocess.run([sys.executable, ROOT / script, *fixed, *options], capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"error: {command}: {done.stderr.strip().splitlines()[-1]}")
+            reason = done.stderr.strip() or f"exit status {done.returncode}"
+            sys.exit(f"error: {command}: {reason.splitlines()[-1]}")
         return median_seconds(read_log(Path(folder) / "run" / "metrics.jsonl"))
 
 
 def table(rounds):
-    """Lines of the table. rounds: a list of {command: seconds}, each with grpo.py's."""
-    rows = [["command", "seconds", "over grpo.py's", "lowest, highest"]]
+    """The table, a text. rounds: a list of {command: seconds}, each with grpo.py's."""
+    rows = [["command", "seconds", "ratio to grpo.py, median", "lowest, highest"]]
     for command in rounds[0]:
         seconds = [found[command] for found in rounds]
         ratios = [found[command] / found[BASE] for found in rounds]
@@ -65,10 +67,13 @@ def main():
     args = parser.parse_args()
     if args.steps <= WARM_UP:
         sys.exit(f"error: --steps {args.steps}: must be more than the {WARM_UP} that do not count")
+    if args.rounds < 1:
+        sys.exit(f"error: --rounds {args.rounds}: must be 1 or more")
+    commands = list(dict.fromkeys([BASE, *args.commands]))
     rounds = []
     for seed in range(args.rounds):
         found = {}
-        for command in [BASE, *args.commands]:
+        for command in commands:
             found[command] = seconds_of(command, seed, args.steps)
             print(f"round {seed}: {command}: {found[command]:.2f} s a step", file=sys.stderr, flush=True)
         rounds.append(found)

@@ -12,7 +12,7 @@ no other file of the project has to know its name. A task file has
     teach(problem, generator)                   a completion by an imperfect teacher
     solve(problem, behaviours, wrong, generator)    thinking that shows these behaviours, and an answer
     complete(problem, thinking, answer)         both as one completion
-    exercises()                                 the smallest problems there are: a list of (prompt, completion)
+    exercises()                                 calculations, worked out: a list of (prompt, completion)
 
 What comes from outside, files and data sets of the hub, is read by data_files.py; its answers are compared with
 the gold answer by the verifier. Nothing in this folder imports torch.

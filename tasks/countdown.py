@@ -284,8 +284,8 @@ def failed_attempt(problem, generator):
 
 
 def write_attempt(expression, target, behaviours, writer):
-    """The thinking about one expression: worked out, with a check, a part named first, or backwards, as `behaviours`
-    say. Always one operation at a time, which a base can calculate.
+    """The thinking about one expression: it is worked out, one operation at a time. `behaviours` add a check, name a
+    part first, or begin at the target.
 
     writer: how it is worded, NOTATION_WRITER or ENGLISH_WRITER.
     """
@@ -359,13 +359,18 @@ def complete(problem, thinking, answer):
 
 
 def exercises():
-    """Every single step of countdown-small, and random expressions worked out, as (prompt, completion): a model that
-    knows these can calculate. Steps backwards, from the target, are among them: they divide, and go below 0."""
+    """Single steps of countdown-small, and random expressions worked out, as (prompt, completion): a model that knows
+    these can calculate. Steps backwards, from the target, divide, and go below 0. No expression solves a held-out
+    problem."""
     size = SIZES["countdown-small"]
     generator = random.Random("countdown exercises")
     found = integers.single_steps(size.largest_number, "+-*/", lowest=1 - size.largest_number)
-    for _ in range(EXPRESSIONS):
-        value, expression = combine(random_numbers(size, generator), generator, size.signs)
+    singles = len(found)
+    while len(found) < singles + EXPRESSIONS:
+        numbers = random_numbers(size, generator)
+        value, expression = combine(numbers, generator, size.signs)
+        if is_held_out(numbers, value):
+            continue
         _, steps = steps_of(ast.parse(expression, mode="eval").body)
         worked_out = NOTATION_WRITER.attempt(stages_of(expression, steps)) + NOTATION_WRITER.kept
         found.append((f"{expression}=", worked_out + boxed(value)))

@@ -21,8 +21,7 @@ def calculate(x, sign, y):
 
 def single_steps(largest, signs, lowest=0):
     """Every 'x+y=' with x of 0 to 99 and y of 1 to `largest` that gives `lowest` to 99, for other signs alike, with its
-    one step and the answer, as (prompt, completion): a model that knows these can calculate, but has never seen one
-    step follow another. A division that leaves a remainder is no step."""
+    one step and the answer, as (prompt, completion). A division that leaves a remainder is no step."""
     found = []
     for x, sign, y in itertools.product(range(100), signs, range(1, largest + 1)):
         if sign == "/" and x % y:

@@ -2065,8 +2065,15 @@ MUTANTS = [
     ),
     (
         "tasks/countdown.py",
-        "for _ in range(EXPRESSIONS):",
-        "for _ in range(0):",
+        "if is_held_out(numbers, value):",
+        "if False:",
+        "test_tasks_solvers.py",
+        "the base is taught expressions that solve held-out problems",
+    ),
+    (
+        "tasks/countdown.py",
+        "while len(found) < singles + EXPRESSIONS:",
+        "while False:",
         "test_tasks_solvers.py",
         "the base has never seen two operations in one expression",
     ),
