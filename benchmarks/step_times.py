@@ -4,7 +4,7 @@ In every round each command runs once, with the round as its seed, so that a mac
 A run counts with the median of its steps. The first two are left out, because they allocate; evaluations are left out,
 because they are no steps. Each ratio is to grpo.py's run of the same round.
 
-What is a step is what the script calls one. These are the first dozen: bupo.py's are all of phase one, and
+What is a step is what the script calls one. By default these are the first dozen: bupo.py's are all of phase one, and
 variants/dapo.py hardly samples again yet, which it does the more the more prompts are solved.
 
     python benchmarks/step_times.py opo.py bupo.py ppo.py variants/gspo.py variants/cispo.py variants/dapo.py
